@@ -29,7 +29,7 @@ type ProgressFunc func(*v1.Progress)
 
 // PullOptions select what to pull and how to sign in.
 type PullOptions struct {
-	Platform string // "linux/amd64" by default: this host's
+	Platform string           // "linux/amd64" by default: this host's
 	Auth     *v1.RegistryAuth // nil: ~/.docker/config.json, then anonymous
 	Progress ProgressFunc
 }
