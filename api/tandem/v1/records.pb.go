@@ -292,7 +292,8 @@ type Service struct {
 	UpdateParallelism int32                  `protobuf:"varint,9,opt,name=update_parallelism,json=updateParallelism,proto3" json:"update_parallelism,omitempty"`
 	OneOff            bool                   `protobuf:"varint,10,opt,name=one_off,json=oneOff,proto3" json:"one_off,omitempty"`
 	Ha                bool                   `protobuf:"varint,11,opt,name=ha,proto3" json:"ha,omitempty"`
-	Stopped           bool                   `protobuf:"varint,12,opt,name=stopped,proto3" json:"stopped,omitempty"` // intent of `tandem stop`
+	Stopped           bool                   `protobuf:"varint,12,opt,name=stopped,proto3" json:"stopped,omitempty"`                                 // intent of `tandem stop`
+	ContainerName     string                 `protobuf:"bytes,13,opt,name=container_name,json=containerName,proto3" json:"container_name,omitempty"` // fixed name of its only container; empty = project-service-N
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -409,6 +410,13 @@ func (x *Service) GetStopped() bool {
 		return x.Stopped
 	}
 	return false
+}
+
+func (x *Service) GetContainerName() string {
+	if x != nil {
+		return x.ContainerName
+	}
+	return ""
 }
 
 type ScalePolicy struct {
@@ -1288,7 +1296,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v2\x1e.tandem.v1.Network.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xe2\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x04\n" +
 	"\aService\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
@@ -1302,7 +1310,8 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\aone_off\x18\n" +
 	" \x01(\bR\x06oneOff\x12\x0e\n" +
 	"\x02ha\x18\v \x01(\bR\x02ha\x12\x18\n" +
-	"\astopped\x18\f \x01(\bR\astopped\x1a9\n" +
+	"\astopped\x18\f \x01(\bR\astopped\x12%\n" +
+	"\x0econtainer_name\x18\r \x01(\tR\rcontainerName\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9e\x01\n" +
