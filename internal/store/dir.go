@@ -1,0 +1,140 @@
+package store
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// minFree is what must be free for the store to start: one log segment and slack.
+const minFree = 24 << 20
+
+// prepareDir makes the directory and proves that it can be written durably.
+func prepareDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("state directory %s: %w: %w", dir, err, diskClass(err))
+	}
+	f, err := os.CreateTemp(dir, ".probe-")
+	if err != nil {
+		return fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	if _, err = f.Write(make([]byte, 64<<10)); err == nil {
+		err = f.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err == nil && st.Bsize > 0 && uint64(st.Bavail) < minFree/uint64(st.Bsize) {
+		return fmt.Errorf("state directory %s has %d MiB left and needs %d: free some space: %w", dir,
+			uint64(st.Bavail)*uint64(st.Bsize)>>20, minFree>>20, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// lockDir takes the directory for this process; the kernel lets go when it dies.
+func lockDir(dir string) (*os.File, error) {
+	p := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(p, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock of state directory %s: %w: %w", dir, err, diskClass(err))
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		b := make([]byte, 32)
+		n, _ := f.ReadAt(b, 0)
+		f.Close()
+		who := "another server"
+		if pid := strings.TrimSpace(string(b[:n])); pid != "" && strings.Trim(pid, "0123456789") == "" {
+			who += " (pid " + pid + ")"
+		}
+		return nil, fmt.Errorf("%s is using the state directory %s: stop it first or choose another --state-dir: %w", who, dir, errdefs.ErrFailedPrecondition)
+	}
+	if err := f.Truncate(0); err == nil {
+		f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	}
+	return f, nil
+}
+
+// loadKey reads the key that seals secrets, or makes it.
+func loadKey(path string) (cipher.AEAD, error) {
+	key, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key = make([]byte, 32)
+		rand.Read(key)
+		if err = writeFileDurably(path, key, 0o600); err != nil {
+			return nil, fmt.Errorf("key file %s: %w: %w", path, err, diskClass(err))
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("key file %s: %w: %w", path, err, diskClass(err))
+	}
+	if len(key) != 32 {
+		return nil, fmt.Errorf("key file %s has %d bytes, not 32: restore it from a backup, secrets can't be read without it: %w", path, len(key), errdefs.ErrDataLoss)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(block)
+}
+
+// writeFileDurably writes beside and renames: a crash leaves the old or the new.
+func writeFileDurably(path string, data []byte, mode fs.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func diskClass(err error) error {
+	switch {
+	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission):
+		return errdefs.ErrFailedPrecondition
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return errdefs.ErrResourceExhausted
+	}
+	return errdefs.ErrUnavailable
+}
+
+func classOfFatal(dir, msg string) error {
+	switch {
+	case strings.Contains(msg, "no space left"), strings.Contains(msg, "quota exceeded"):
+		return fmt.Errorf("the disk of the state directory %s is full: free some space and start again (%s): %w", dir, msg, errdefs.ErrResourceExhausted)
+	case strings.Contains(msg, "read-only file system"):
+		return fmt.Errorf("the state directory %s has become read-only (%s): %w", dir, msg, errdefs.ErrFailedPrecondition)
+	}
+	return fmt.Errorf("the state in %s can't be used: restore a backup (%s): %w", dir, msg, errdefs.ErrDataLoss)
+}
+
+type atomicString struct{ v atomic.Value }
+
+func (a *atomicString) store(s string) { a.v.Store(s) }
+func (a *atomicString) load() string   { s, _ := a.v.Load().(string); return s }

@@ -1,0 +1,32 @@
+package store
+
+import v1 "tandem/api/tandem/v1"
+
+// Snapshot is all records at one revision. Do not modify them.
+type Snapshot struct {
+	Revision   uint64
+	Projects   []*v1.Project
+	Networks   []*v1.Network
+	Services   []*v1.Service
+	Containers []*v1.Container
+	Machines   []*v1.Machine
+	Volumes    []*v1.Volume
+	Hosts      []*v1.Host
+}
+
+// Snapshot reads everything at one moment, each list ordered by project and name.
+func (s *Store) Snapshot() *Snapshot {
+	c := &s.cache
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return &Snapshot{
+		Revision:   c.rev,
+		Projects:   list[*v1.Project](c, Projects, ""),
+		Networks:   list[*v1.Network](c, Networks, ""),
+		Services:   list[*v1.Service](c, Services, ""),
+		Containers: list[*v1.Container](c, Containers, ""),
+		Machines:   list[*v1.Machine](c, Machines, ""),
+		Volumes:    list[*v1.Volume](c, Volumes, ""),
+		Hosts:      list[*v1.Host](c, Hosts, ""),
+	}
+}
