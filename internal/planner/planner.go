@@ -1,10 +1,3 @@
-// Package planner decides where containers run and what machines become: one
-// decision over containers, machines and hosts. It is pure: no I/O, no clock, no
-// goroutine; the same events and the same question give the same plan.
-//
-// Feed a State with SetHost, SetMachine, SetContainer (and their removals), then
-// ask: Decide(Question) returns a Plan, which is not applied until the caller
-// feeds its effects back (or calls Commit).
 package planner
 
 // Question is what is asked; exactly one field is set.

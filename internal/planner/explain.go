@@ -1,0 +1,227 @@
+package planner
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// maxOptions bounds how many weighed options a Reason keeps.
+const maxOptions = 6
+
+// notable sorts the options by cost and keeps the chosen one, the best of each
+// action, and the next best.
+func notable(all []*candidate, best *candidate) []*candidate {
+	sorted := slices.Clone(all)
+	slices.SortFunc(sorted, func(a, b *candidate) int {
+		if a.less(b) {
+			return -1
+		}
+		return 1
+	})
+	if len(sorted) <= maxOptions {
+		return sorted
+	}
+	keep := slices.Clone(sorted[:maxOptions])
+	for _, kind := range []Kind{Boot, Grow, Place} {
+		has := func(a *candidate) bool { return a.kind == kind }
+		if i := slices.IndexFunc(sorted, has); i >= maxOptions {
+			keep = append(keep, sorted[i])
+		}
+	}
+	return keep
+}
+
+// list is the exclusions, the machine layer first, most frequent first.
+func (f *finder) list() []Exclusion {
+	var out []Exclusion
+	for _, e := range f.misses {
+		out = append(out, Exclusion{Rule: e.rule, Layer: e.layer, Count: e.count, Detail: e.detail()})
+	}
+	slices.SortStableFunc(out, func(a, b Exclusion) int {
+		if a.Layer != b.Layer {
+			return strings.Compare(b.Layer, a.Layer)
+		}
+		if a.Count != b.Count {
+			return b.Count - a.Count
+		}
+		return strings.Compare(a.Rule, b.Rule)
+	})
+	return out
+}
+
+func (e *missed) detail() string {
+	switch {
+	case e.who == "":
+		return e.what.detail
+	case e.what.short.zero() || e.rule == RuleCapability:
+		return strings.TrimSpace(e.who + " " + e.what.detail)
+	case e.rule == RuleCeiling:
+		return fmt.Sprintf("%s above the ceiling at best (%s)", e.what.short, e.who)
+	default:
+		return fmt.Sprintf("%s short at best (%s)", e.what.short, e.who)
+	}
+}
+
+// sentence says of one candidate why it was turned away: "m-5 was 1.2 CPU short".
+func (e *missed) sentence() string {
+	switch {
+	case e.what.short.zero() || e.rule == RuleCapability:
+		return strings.TrimSpace(e.who + " " + e.what.detail)
+	case e.rule == RuleCeiling:
+		return fmt.Sprintf("%s was %s short at its ceiling", e.who, e.what.short)
+	default:
+		return fmt.Sprintf("%s was %s short", e.who, e.what.short)
+	}
+}
+
+// nearest is the best near miss among machines, "" if there was none.
+func (f *finder) nearest() string {
+	var best *missed
+	for i := range f.misses {
+		e := &f.misses[i]
+		if e.layer != "machine" || e.who == "" {
+			continue
+		}
+		if best == nil || best.what.short.zero() && !e.what.short.zero() ||
+			!e.what.short.zero() && e.shortness < best.shortness {
+			best = e
+		}
+	}
+	if best == nil {
+		return ""
+	}
+	return best.sentence()
+}
+
+// nothing says why a container fits nowhere.
+func (f *finder) nothing() string {
+	var parts []string
+	for i := range f.misses {
+		e := &f.misses[i]
+		switch {
+		case e.who != "":
+			text := e.sentence()
+			if e.count > 1 {
+				text += fmt.Sprintf(" at best, of %d", e.count)
+			}
+			parts = append(parts, text)
+		case e.layer == "host":
+			parts = append(parts, plural(e.count, "host")+" "+closedText(e))
+		}
+	}
+	if len(f.d.s.hosts) == 0 {
+		parts = append(parts, "there are no hosts")
+	}
+	return fmt.Sprintf("nothing fits %s (%s): %s", f.c.ID, f.c.need, strings.Join(parts, "; "))
+}
+
+func closedText(e *missed) string {
+	if e.what.detail != "" {
+		return "excluded: " + e.what.detail
+	}
+	if e.rule == RuleDown {
+		return "down or cordoned"
+	}
+	return "excluded by rule " + e.rule
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// remedy is the cheapest change that would make room, tried out rule by rule.
+func (f *finder) remedy() string {
+	s, c := f.d.s, f.c
+	rules := s.bootRules
+	if c.Isolation == Metal {
+		rules = s.metalRules
+	}
+	ids := slices.Sorted(maps.Keys(s.hosts))
+	works := func() string {
+		for _, id := range ids {
+			if rules(c, s.hosts[id]).ok() {
+				return id
+			}
+		}
+		return ""
+	}
+	for _, id := range ids {
+		if h := s.hosts[id]; h.Cordoned && !h.Down {
+			h.Cordoned = false
+			ok := rules(c, h).ok()
+			h.Cordoned = true
+			if ok {
+				return fmt.Sprintf("let %s take work again (tandem host restore %s)", id, id)
+			}
+		}
+	}
+	saved := c.Container
+	defer func() { c.Container = saved }()
+	if c.Ports = nil; len(saved.Ports) > 0 {
+		if id := works(); id != "" {
+			x := portRule(&container{Container: saved}, s.hosts[id])
+			return fmt.Sprintf("publish another port: on %s %s", id, x.detail)
+		}
+	}
+	c.Container = saved
+	if c.Hosts = nil; len(saved.Hosts) > 0 {
+		if id := works(); id != "" {
+			return fmt.Sprintf("allow %s too: it has room, and is not one of the hosts asked for", id)
+		}
+	}
+	c.Container = saved
+	if c.Anti = nil; len(saved.Anti) > 0 {
+		if id := works(); id != "" {
+			return fmt.Sprintf("relax the rules on company: without them it fits on %s", id)
+		}
+	}
+	c.Container = saved
+	if c.Volumes = nil; len(saved.Volumes) > 0 {
+		if id := works(); id != "" {
+			return fmt.Sprintf("make room where its volumes are (%s), or do without them on %s", f.pinRule().detail, id)
+		}
+	}
+	c.Container = saved
+	if c.Isolation == Metal && !slices.ContainsFunc(ids, func(id string) bool { return s.hosts[id].Capabilities.Metal }) {
+		return "choose another isolation: no host runs containers outside of machines"
+	}
+	return f.capacityRemedy(ids)
+}
+
+// capacityRemedy names the smallest amount to free, or the host to add.
+func (f *finder) capacityRemedy(ids []string) string {
+	s, need := f.d.s, f.c.need
+	whole := need
+	best := -1
+	for i, e := range f.misses {
+		if e.who != "" && !e.what.short.zero() && (best < 0 || e.shortness < f.misses[best].shortness) {
+			best = i
+		}
+	}
+	possible := false
+	for _, id := range ids {
+		h := s.hosts[id]
+		w := need
+		if f.c.Isolation != Metal {
+			w = bootSize(h, need).add(h.MachineExtra)
+		}
+		whole = whole.max(w)
+		possible = possible || w.fits(h.Capacity) && (f.c.Isolation == Metal || bootSize(h, need).fits(h.ceiling()))
+	}
+	switch {
+	case !possible && len(ids) > 0:
+		return fmt.Sprintf("ask for less, or add a larger host: no host could hold it even when empty; one with %s would", whole)
+	case best >= 0:
+		e := f.misses[best]
+		if e.rule == RuleCeiling && e.layer == "machine" {
+			return fmt.Sprintf("raise the ceiling of %s by %s, or add a host with %s free", e.who, e.what.short, whole)
+		}
+		return fmt.Sprintf("free %s on %s, or add a host with %s free", e.what.short, e.who, whole)
+	}
+	return fmt.Sprintf("add a host with %s free", whole)
+}

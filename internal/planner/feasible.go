@@ -1,0 +1,217 @@
+package planner
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// The names of rules, as they appear in Exclusion.Rule.
+const (
+	RuleCPU        = "cpu"
+	RuleMemory     = "memory"
+	RuleIsolation  = "isolation"
+	RuleProject    = "project"
+	RulePorts      = "ports"
+	RuleVolume     = "volume"
+	RuleHost       = "host"
+	RuleAnti       = "anti"
+	RuleCeiling    = "ceiling"
+	RuleCapability = "capability"
+	RuleDown       = "down"
+)
+
+// miss is why a candidate was turned away; the zero value means that it was not.
+type miss struct {
+	rule   string
+	detail string // without the candidate's name
+	short  Size   // what a capacity rule lacked
+}
+
+func (m miss) ok() bool { return m.rule == "" }
+
+// hostRules checks all that concerns a host for a container except capacity.
+func (s *State) hostRules(c *container, h *host) miss {
+	if h.Down {
+		return miss{rule: RuleDown, detail: "is down"}
+	}
+	if h.Cordoned {
+		return miss{rule: RuleDown, detail: "is cordoned"}
+	}
+	if len(c.Hosts) > 0 && !slices.Contains(c.Hosts, h.ID) {
+		return miss{rule: RuleHost, detail: "is not one of the hosts asked for (" + strings.Join(c.Hosts, ", ") + ")"}
+	}
+	for _, v := range c.Volumes {
+		if at := s.volumes[v]; at != "" && at != h.ID {
+			return miss{rule: RuleVolume, detail: fmt.Sprintf("has no volume %s: it is on %s", v, at)}
+		}
+	}
+	if m := portRule(c, h); !m.ok() {
+		return m
+	}
+	return antiRule(c, &h.all, "host")
+}
+
+// portRule: a port belongs to one service on a host.
+func portRule(c *container, h *host) miss {
+	for _, p := range c.Ports {
+		if p.Port == 0 {
+			continue
+		}
+		for _, o := range h.ports[p.key()] {
+			if o == c || c.Service != "" && o.service() == c.service() {
+				continue
+			}
+			if slices.ContainsFunc(o.Ports, p.overlaps) {
+				k := p.key()
+				return miss{rule: RulePorts, detail: fmt.Sprintf("port %d/%s is taken by %s", k.port, k.protocol, o.ID)}
+			}
+		}
+	}
+	return miss{}
+}
+
+// antiRule checks the company rules of c and of those already in b.
+func antiRule(c *container, b *box, layer string) miss {
+	for _, r := range c.Anti {
+		if r.Layer == layer && b.count(serviceKey{c.Project, r.Service}) > r.Max {
+			return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which at most %d may be beside it", r.Service, r.Max)}
+		}
+	}
+	if c.Service == "" {
+		return miss{}
+	}
+	for _, o := range b.anti {
+		if o.Project != c.Project || o == c {
+			continue
+		}
+		for _, r := range o.Anti {
+			if r.Layer != layer || r.Service != c.Service {
+				continue
+			}
+			beside := b.count(c.service())
+			if o.Service == c.Service {
+				beside-- // o is not beside itself
+			}
+			if beside+1 > r.Max {
+				return miss{rule: RuleAnti, detail: fmt.Sprintf("%s there allows at most %d of %s beside it", o.ID, r.Max, c.Service)}
+			}
+		}
+	}
+	return miss{}
+}
+
+// volumeRule: a volume's disk is attached to one kernel at a time, m, or that of
+// the host itself when m is nil.
+func (s *State) volumeRule(c *container, h *host, m *machine) miss {
+	for _, v := range c.Volumes {
+		for _, o := range s.users[v] {
+			if o == c || o.host == h && o.machine == m {
+				continue
+			}
+			where := "on " + o.Host
+			if o.machine != nil {
+				where = "in " + o.Machine
+			}
+			return miss{rule: RuleVolume, detail: fmt.Sprintf("can't have volume %s: %s uses it %s", v, o.ID, where)}
+		}
+	}
+	return miss{}
+}
+
+// machineRules checks whether c may run in m, after growth if need be.
+func (s *State) machineRules(c *container, m *machine) miss {
+	if m.Stopping {
+		return miss{rule: RuleDown, detail: "is stopping"}
+	}
+	if groupOf(c.Isolation, c.Project) != groupOf(m.Isolation, m.Project) {
+		if c.Isolation != m.Isolation {
+			return miss{rule: RuleIsolation, detail: "has another isolation"}
+		}
+		return miss{rule: RuleProject, detail: "belongs to project " + m.Project}
+	}
+	if m.Isolation == Own && len(m.in.members) > 0 {
+		return miss{rule: RuleIsolation, detail: "is another container's own"}
+	}
+	if x := s.hostRules(c, m.host); !x.ok() {
+		x.detail = m.host.ID + " " + x.detail
+		return x
+	}
+	if x := s.volumeRule(c, m.host, m); !x.ok() {
+		return x
+	}
+	if x := antiRule(c, &m.in, "machine"); !x.ok() {
+		return x
+	}
+	return machineCapacity(c.need, m)
+}
+
+// machineCapacity says what m lacks for need, growth counted in.
+func machineCapacity(need Size, m *machine) miss {
+	short := need.shortOf(m.room())
+	if short.zero() && need.fits(m.room()) {
+		return miss{}
+	}
+	want := m.used().add(need)
+	h := m.host
+	if !h.Capabilities.Grow && !m.fresh && want.fits(h.stepDown(m.Size, m.Ceiling)) {
+		return miss{rule: RuleCapability, short: short, detail: "can't grow on " + h.ID}
+	}
+	if (h.Capabilities.Grow || m.fresh) && !want.fits(m.growable()) {
+		return miss{rule: RuleCeiling, short: short}
+	}
+	return capacityMiss(short)
+}
+
+func capacityMiss(short Size) miss {
+	if short.CPU > 0 {
+		return miss{rule: RuleCPU, short: short}
+	}
+	return miss{rule: RuleMemory, short: short}
+}
+
+// bootSize is the size in which a machine for need starts on h.
+func bootSize(h *host, need Size) Size {
+	return h.stepUp(h.Base, h.GuestExtra.add(need))
+}
+
+// bootRules checks whether a machine for c can be booted on h.
+func (s *State) bootRules(c *container, h *host) miss {
+	if x := s.hostRules(c, h); !x.ok() {
+		return x
+	}
+	if x := s.volumeRule(c, h, noMachine); !x.ok() {
+		return x
+	}
+	size := bootSize(h, c.need)
+	if top := h.ceiling(); !size.fits(top) && size.add(h.MachineExtra).fits(h.Capacity) {
+		return miss{rule: RuleCeiling, short: size.shortOf(top), detail: "makes no machine as large as " + size.String()}
+	}
+	if whole := size.add(h.MachineExtra); !whole.fits(h.free()) {
+		return capacityMiss(whole.shortOf(h.free()))
+	}
+	return miss{}
+}
+
+// noMachine stands for a machine that nobody is in yet.
+var noMachine = &machine{}
+
+// metalRules checks whether c can run on h itself.
+func (s *State) metalRules(c *container, h *host) miss {
+	if !h.Capabilities.Metal {
+		return miss{rule: RuleCapability, detail: "runs no containers outside of machines"}
+	}
+	if x := s.hostRules(c, h); !x.ok() {
+		return x
+	}
+	if x := s.volumeRule(c, h, nil); !x.ok() {
+		return x
+	}
+	if x := antiRule(c, &h.metal, "machine"); !x.ok() {
+		return x
+	}
+	if !c.need.fits(h.free()) {
+		return capacityMiss(c.need.shortOf(h.free()))
+	}
+	return miss{}
+}

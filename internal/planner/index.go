@@ -1,0 +1,174 @@
+package planner
+
+import (
+	"slices"
+	"strings"
+)
+
+// buckets is an index of things by their free capacity: a cell for each pair of
+// classes (CPU, memory), inside a cell by id. A look-up visits the cells that may
+// fit, tightest first, and never sees the others; an update touches two cells.
+type buckets[T interface{ id() string }] struct {
+	keys  []uint32 // of the cells in use, ascending
+	cells map[uint32][]T
+	n     int
+}
+
+func key(free Size) uint32 { return class(free.CPU)<<16 | class(free.Memory) }
+
+func (b *buckets[T]) add(k uint32, t T) {
+	if b.cells == nil {
+		b.cells = map[uint32][]T{}
+	}
+	cell := b.cells[k]
+	if len(cell) == 0 {
+		i, _ := slices.BinarySearch(b.keys, k)
+		b.keys = slices.Insert(b.keys, i, k)
+	}
+	b.cells[k] = insertByID(cell, t)
+	b.n++
+}
+
+func (b *buckets[T]) remove(k uint32, t T) {
+	cell := removeByID(b.cells[k], t)
+	b.n--
+	if len(cell) > 0 {
+		b.cells[k] = cell
+		return
+	}
+	delete(b.cells, k)
+	if i, ok := slices.BinarySearch(b.keys, k); ok {
+		b.keys = slices.Delete(b.keys, i, i+1)
+	}
+}
+
+// fitting calls yield with what may have room for need, tightest cells first,
+// until it says stop.
+func (b *buckets[T]) fitting(need Size, yield func(T) bool) {
+	cpu, mem := class(need.CPU), class(need.Memory)
+	i, _ := slices.BinarySearch(b.keys, cpu<<16)
+	for _, k := range b.keys[i:] {
+		if k&0xffff < mem {
+			continue
+		}
+		for _, t := range b.cells[k] {
+			if !yield(t) {
+				return
+			}
+		}
+	}
+}
+
+// lacking calls yield with the cells that surely have no room for need, the
+// nearest misses first.
+func (b *buckets[T]) lacking(need Size, yield func([]T)) {
+	cpu, mem := class(need.CPU), class(need.Memory)
+	for i := len(b.keys) - 1; i >= 0; i-- {
+		if k := b.keys[i]; k>>16 < cpu || k&0xffff < mem {
+			yield(b.cells[k])
+		}
+	}
+}
+
+func compareID[T interface{ id() string }](t T, id string) int {
+	return strings.Compare(t.id(), id)
+}
+
+func insertByID[T interface{ id() string }](list []T, t T) []T {
+	i, _ := slices.BinarySearchFunc(list, t.id(), compareID[T])
+	return slices.Insert(list, i, t)
+}
+
+func removeByID[T interface{ id() string }](list []T, t T) []T {
+	if i, ok := slices.BinarySearchFunc(list, t.id(), compareID[T]); ok {
+		return slices.Delete(list, i, i+1)
+	}
+	return list
+}
+
+type serviceKey struct{ project, service string }
+
+// box counts who is inside something: a machine, a host, a host's own kernel.
+type box struct {
+	members  []*container // by id
+	services map[serviceKey]int
+	anti     []*container // those with anti rules, by id
+}
+
+func (b *box) add(c *container) {
+	b.members = insertByID(b.members, c)
+	if c.Service != "" {
+		if b.services == nil {
+			b.services = map[serviceKey]int{}
+		}
+		b.services[c.service()]++
+	}
+	if len(c.Anti) > 0 {
+		b.anti = insertByID(b.anti, c)
+	}
+}
+
+func (b *box) remove(c *container) {
+	b.members = removeByID(b.members, c)
+	if c.Service != "" {
+		if k := c.service(); b.services[k] > 1 {
+			b.services[k]--
+		} else {
+			delete(b.services, k)
+		}
+	}
+	if len(c.Anti) > 0 {
+		b.anti = removeByID(b.anti, c)
+	}
+}
+
+func (b *box) count(k serviceKey) int {
+	if k.service == "" {
+		return 0
+	}
+	return b.services[k]
+}
+
+type groupKey struct {
+	isolation Isolation
+	project   string
+}
+
+func groupOf(i Isolation, project string) groupKey {
+	if i == Shared {
+		project = ""
+	}
+	return groupKey{i, project}
+}
+
+// group is the machines whose kernel a kind of container may share.
+type group struct {
+	free   buckets[*machine] // by what is free now
+	room   buckets[*machine] // by what could be free after growing
+	closed int               // stopping, or on a host that takes nothing new
+}
+
+func (g *group) size() int {
+	if g == nil {
+		return 0
+	}
+	return g.room.n + g.closed
+}
+
+type portKey struct {
+	protocol string
+	port     uint16
+}
+
+func (p Port) key() portKey {
+	if p.Protocol == "" {
+		return portKey{"tcp", p.Port}
+	}
+	return portKey{strings.ToLower(p.Protocol), p.Port}
+}
+
+func (p Port) anyAddress() bool { return p.IP == "" || p.IP == "0.0.0.0" || p.IP == "::" }
+
+func (p Port) overlaps(q Port) bool {
+	return p.key() == q.key() && p.Port != 0 && (p.anyAddress() || q.anyAddress() || p.IP == q.IP)
+}

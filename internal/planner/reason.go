@@ -1,0 +1,158 @@
+package planner
+
+import (
+	"fmt"
+	"strings"
+)
+
+// reason keeps what was weighed for a placement. Machines are named as they are
+// in the plan; see Plan.Rename.
+func (p *placed) reason() Reason {
+	r := Reason{Summary: p.summary(), Exclusions: p.misses}
+	for _, a := range p.weighed {
+		o := Option{Action: string(a.kind), Host: a.host.ID, Cost: a.cost, Seconds: a.seconds, Pinned: a.pinned, Chosen: a == p.chosen}
+		if a.machine != nil {
+			o.Machine = a.machine.ID
+		}
+		for i, v := range a.terms {
+			if v != 0 {
+				o.Terms = append(o.Terms, Term{Name: termNames[i], Value: v})
+			}
+		}
+		r.Options = append(r.Options, o)
+	}
+	return r
+}
+
+// summary is one sentence: what was done, what the next best would have cost, and
+// who nearly made it.
+func (p *placed) summary() string {
+	a := p.chosen
+	var parts []string
+	switch a.kind {
+	case Place:
+		if a.machine.fresh {
+			parts = append(parts, fmt.Sprintf("shares the machine that this plan boots on %s: no overhead of its own", a.host.ID))
+		} else {
+			parts = append(parts, fmt.Sprintf("took a free slot of %s on %s: no wait and nothing bound", a.machine.ID, a.host.ID))
+		}
+	case Grow:
+		if a.machine.fresh {
+			parts = append(parts, fmt.Sprintf("shares the machine that this plan boots on %s, made %s larger for it: no overhead of its own", a.host.ID, a.grown))
+		} else {
+			parts = append(parts, fmt.Sprintf("grew %s by %s on %s: %s and no new overhead", a.machine.ID, a.grown, a.host.ID, secondsText(a.seconds)))
+		}
+	case Boot:
+		over := a.to.sub(p.c.need).Memory + a.host.MachineExtra.Memory
+		parts = append(parts, fmt.Sprintf("booted a machine of %s on %s: %s and %s beside what it asks for",
+			p.machine.Size, a.host.ID, secondsText(a.seconds), memoryText(max(0, over))))
+	case PlaceM:
+		parts = append(parts, fmt.Sprintf("runs on %s itself: no machine, no overhead", a.host.ID))
+	}
+	if alt := p.alternative(); alt != "" {
+		parts = append(parts, alt)
+	}
+	if p.near != "" {
+		parts = append(parts, p.near)
+	}
+	return strings.Join(parts, "; ")
+}
+
+// alternative says what the best option of another action, or else of another
+// place, would have cost.
+func (p *placed) alternative() string {
+	var alt *candidate
+	for _, b := range p.weighed {
+		if b == p.chosen {
+			continue
+		}
+		if b.kind != p.chosen.kind {
+			alt = b
+			break
+		}
+		if alt == nil {
+			alt = b
+		}
+	}
+	if alt == nil {
+		return ""
+	}
+	var what string
+	switch alt.kind {
+	case Place:
+		what = "a free slot of " + alt.machine.ID
+	case Grow:
+		what = "growing " + alt.machine.ID
+	case Boot:
+		what = "booting another machine"
+		if p.chosen.kind == Boot || alt.host != p.chosen.host {
+			what = "booting a machine on " + alt.host.ID
+		}
+	case PlaceM:
+		what = alt.host.ID
+	}
+	var costs []string
+	switch more := alt.pinned - p.chosen.pinned; {
+	case more > 0:
+		costs = append(costs, "pinned "+memoryText(more)+" more")
+	case more < 0:
+		costs = append(costs, "pinned "+memoryText(-more)+" less")
+	}
+	if alt.seconds != p.chosen.seconds {
+		costs = append(costs, "taken "+secondsText(alt.seconds))
+	}
+	if x, y := alt.terms[termSpread], p.chosen.terms[termSpread]; x > y {
+		costs = append(costs, "put more replicas of "+p.c.Service+" together")
+	} else if x < y {
+		costs = append(costs, "spread "+p.c.Service+" better")
+	}
+	if len(costs) == 0 {
+		return what + " would have fitted less tightly"
+	}
+	return what + " would have " + join(costs)
+}
+
+func join(list []string) string {
+	if len(list) == 1 {
+		return list[0]
+	}
+	return strings.Join(list[:len(list)-1], ", ") + " and " + list[len(list)-1]
+}
+
+// Rename gives booted machines their names, in actions, reasons and sentences.
+func (p *Plan) Rename(names map[string]string) {
+	for i := range p.Actions {
+		a := &p.Actions[i]
+		a.Machine = named(a.Machine, names)
+		a.Reason.rename(names)
+	}
+	for i := range p.Unplaced {
+		p.Unplaced[i].Reason.rename(names)
+		p.Unplaced[i].Remedy = renameText(p.Unplaced[i].Remedy, names)
+	}
+}
+
+func (r *Reason) rename(names map[string]string) {
+	r.Summary = renameText(r.Summary, names)
+	for j := range r.Options {
+		r.Options[j].Machine = named(r.Options[j].Machine, names)
+	}
+	for j := range r.Exclusions {
+		r.Exclusions[j].Detail = renameText(r.Exclusions[j].Detail, names)
+	}
+}
+
+// renameText replaces whole words that are temporary names.
+func renameText(text string, names map[string]string) string {
+	if !strings.Contains(text, "new-") {
+		return text
+	}
+	words := strings.Split(text, " ")
+	for i, w := range words {
+		core := strings.Trim(w, "(),;:.")
+		if n, ok := names[core]; ok {
+			words[i] = strings.Replace(w, core, n, 1)
+		}
+	}
+	return strings.Join(words, " ")
+}

@@ -1,0 +1,130 @@
+package planner
+
+import (
+	"fmt"
+	"math/bits"
+	"strconv"
+	"strings"
+)
+
+// DefaultMemory is what a container that reserves no memory counts for, in bytes.
+// Docker's users set nothing; 64 MiB is what a small server needs to start, and
+// keeps a machine from being filled with containers that count for nothing.
+const DefaultMemory = 64 << 20
+
+// Bounds on sizes; more than any server has, and far from overflow in sums.
+const (
+	maxCPU    = 1 << 40
+	maxMemory = 1 << 56
+)
+
+func (a Size) add(b Size) Size     { return Size{a.CPU + b.CPU, a.Memory + b.Memory} }
+func (a Size) sub(b Size) Size     { return Size{a.CPU - b.CPU, a.Memory - b.Memory} }
+func (a Size) fits(room Size) bool { return a.CPU <= room.CPU && a.Memory <= room.Memory }
+func (a Size) max(b Size) Size     { return Size{max(a.CPU, b.CPU), max(a.Memory, b.Memory)} }
+func (a Size) min(b Size) Size     { return Size{min(a.CPU, b.CPU), min(a.Memory, b.Memory)} }
+func (a Size) positive() Size      { return a.max(Size{}) }
+func (a Size) zero() bool          { return a == Size{} }
+func (a Size) shortOf(b Size) Size { return a.sub(b).positive() }
+func (a Size) valid() bool {
+	return a.CPU >= 0 && a.Memory >= 0 && a.CPU <= maxCPU && a.Memory <= maxMemory
+}
+func (a Size) times(n int64) Size { return Size{a.CPU * n, a.Memory * n} }
+func (c *Container) effective() Size {
+	r := c.Request
+	if r.Memory == 0 {
+		r.Memory = DefaultMemory
+	}
+	return r
+}
+
+// String prints a size as people say it: "1.5 CPU and 512 MiB".
+func (a Size) String() string {
+	switch {
+	case a.CPU != 0 && a.Memory != 0:
+		return cpuText(a.CPU) + " and " + memoryText(a.Memory)
+	case a.CPU != 0:
+		return cpuText(a.CPU)
+	default:
+		return memoryText(a.Memory)
+	}
+}
+
+func cpuText(milli int64) string {
+	return strconv.FormatFloat(float64(milli)/1000, 'f', -1, 64) + " CPU"
+}
+
+func memoryText(b int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	f, u := float64(b), 0
+	for (f >= 1024 || f <= -1024) && u < len(units)-1 {
+		// 1536 MiB reads better than 1.5 GiB only below 10 GiB: keep whole numbers.
+		if u >= 2 && f < 10240 && f != float64(int64(f/1024)*1024) {
+			break
+		}
+		f, u = f/1024, u+1
+	}
+	return trimFloat(f, 1) + " " + units[u]
+}
+
+func secondsText(s float64) string { return trimFloat(s, 2) + " s" }
+
+func trimFloat(f float64, digits int) string {
+	t := fmt.Sprintf("%.*f", digits, f)
+	if strings.Contains(t, ".") {
+		t = strings.TrimRight(strings.TrimRight(t, "0"), ".")
+	}
+	return t
+}
+
+// stepUp is the smallest from + k*step that is at least want.
+func stepUp(from, want, step int64) int64 {
+	if want <= from {
+		return from
+	}
+	return from + (want-from+step-1)/step*step
+}
+
+// stepDown is the largest from + k*step that is at most limit, from itself when
+// limit lies below it.
+func stepDown(from, limit, step int64) int64 {
+	if limit <= from {
+		return from
+	}
+	return from + (limit-from)/step*step
+}
+
+func (h *host) steps() Size {
+	s := Size{CPU: h.Capabilities.CPUStep, Memory: h.Capabilities.MemoryStep}
+	if s.CPU <= 0 {
+		s.CPU = 1000
+	}
+	if s.Memory <= 0 {
+		s.Memory = 1
+	}
+	return s
+}
+
+func (h *host) stepUp(from, want Size) Size {
+	st := h.steps()
+	return Size{stepUp(from.CPU, want.CPU, st.CPU), stepUp(from.Memory, want.Memory, st.Memory)}
+}
+
+func (h *host) stepDown(from, limit Size) Size {
+	st := h.steps()
+	return Size{stepDown(from.CPU, limit.CPU, st.CPU), stepDown(from.Memory, limit.Memory, st.Memory)}
+}
+
+// class sorts amounts into half powers of two: what is in a lower class than a
+// need can't satisfy it, what is in the same or a higher one may.
+func class(v int64) uint32 {
+	if v <= 0 {
+		return 0
+	}
+	n := bits.Len64(uint64(v))
+	half := uint32(0)
+	if n > 1 {
+		half = uint32(v>>(n-2)) & 1
+	}
+	return uint32(2*n) + half
+}

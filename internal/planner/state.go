@@ -1,0 +1,301 @@
+package planner
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// State is what the planner knows, indexed for quick decisions. Make one with New.
+type State struct {
+	rev        uint64
+	hosts      map[string]*host
+	machines   map[string]*machine
+	containers map[string]*container
+	volumes    map[string]string            // id -> host
+	users      map[string][]*container      // volume -> placed containers that mount it
+	services   map[serviceKey]map[*host]int // where replicas are
+	groups     map[groupKey]*group
+	open       buckets[*host] // hosts that take something new, by free capacity
+	perKind    [4]int         // machines by isolation
+}
+
+type host struct {
+	Host
+	machinesSize Size       // sum of machines' sizes
+	metalSize    Size       // sum of metal containers' requests
+	machines     []*machine // by id
+	all, metal   box
+	ports        map[portKey][]*container
+	key          uint32
+	indexed      bool
+}
+
+type machine struct {
+	Machine
+	host             *host
+	group            *group
+	sum              Size // of its containers' requests
+	in               box
+	fresh            bool // booted by the plan being made
+	freeKey, roomKey uint32
+	indexed          bool
+}
+
+type container struct {
+	Container
+	need    Size
+	host    *host
+	machine *machine
+}
+
+func (h *host) id() string               { return h.ID }
+func (m *machine) id() string            { return m.ID }
+func (c *container) id() string          { return c.ID }
+func (c *container) service() serviceKey { return serviceKey{c.Project, c.Service} }
+
+func (h *host) takes() bool { return !h.Down && !h.Cordoned }
+func (h *host) used() Size {
+	return h.machinesSize.add(h.MachineExtra.times(int64(len(h.machines)))).add(h.metalSize)
+}
+func (h *host) free() Size { return h.Capacity.sub(h.used()) }
+
+// ceiling is the most a machine booted here may become.
+func (h *host) ceiling() Size {
+	top, limit := h.Capacity.sub(h.MachineExtra), h.Capabilities.MaxMachine
+	if limit.CPU > 0 {
+		top.CPU = min(top.CPU, limit.CPU)
+	}
+	if limit.Memory > 0 {
+		top.Memory = min(top.Memory, limit.Memory)
+	}
+	return h.stepDown(h.Base, top)
+}
+
+func (m *machine) used() Size  { return m.host.GuestExtra.add(m.sum) }
+func (m *machine) free() Size  { return m.Size.sub(m.used()) }
+func (m *machine) takes() bool { return !m.Stopping && m.host.takes() }
+
+// growable is the most it may become on a host with unlimited capacity.
+func (m *machine) growable() Size {
+	if !m.host.Capabilities.Grow && !m.fresh {
+		return m.Size
+	}
+	return m.host.stepDown(m.Size, m.Ceiling)
+}
+
+// room is what could be free in it after growing as far as its ceiling and its
+// host allow.
+func (m *machine) room() Size {
+	top := m.growable()
+	if top != m.Size {
+		top = m.host.stepDown(m.Size, top.min(m.Size.add(m.host.free().positive())))
+	}
+	return top.sub(m.used())
+}
+
+// New returns an empty state.
+func New() *State {
+	return &State{
+		hosts:      map[string]*host{},
+		machines:   map[string]*machine{},
+		containers: map[string]*container{},
+		volumes:    map[string]string{},
+		users:      map[string][]*container{},
+		services:   map[serviceKey]map[*host]int{},
+		groups:     map[groupKey]*group{},
+	}
+}
+
+// Revision counts the changes since New.
+func (s *State) Revision() uint64 { return s.rev }
+
+// SetHost inserts or replaces a host; its machines and containers stay. Refused
+// are an empty id and sizes that are negative or absurd.
+func (s *State) SetHost(h Host) error {
+	if h.ID == "" {
+		return errors.New("host without an id")
+	}
+	for _, z := range []Size{h.Capacity, h.MachineExtra, h.GuestExtra, h.Base, h.Capabilities.MaxMachine,
+		{h.Capabilities.CPUStep, h.Capabilities.MemoryStep}} {
+		if !z.valid() {
+			return fmt.Errorf("host %s: size of %d millicores and %d bytes is out of range", h.ID, z.CPU, z.Memory)
+		}
+	}
+	if !finite(h.Capabilities.BootSeconds) || !finite(h.Capabilities.GrowSeconds) {
+		return fmt.Errorf("host %s: boot and grow seconds must be between 0 and a day", h.ID)
+	}
+	h.Labels = maps.Clone(h.Labels)
+	s.rev++
+	old := s.hosts[h.ID]
+	if old == nil {
+		n := &host{Host: h, ports: map[portKey][]*container{}}
+		s.hosts[h.ID] = n
+		s.indexHost(n)
+		return nil
+	}
+	s.unindexHost(old)
+	old.Host = h
+	s.indexHost(old)
+	return nil
+}
+
+func finite(f float64) bool { return f >= 0 && f <= 86400 }
+
+// RemoveHost forgets a host and its machines; what ran there counts as not placed.
+func (s *State) RemoveHost(id string) {
+	h := s.hosts[id]
+	if h == nil {
+		return
+	}
+	s.rev++
+	for _, m := range slices.Clone(h.machines) {
+		s.dropMachine(m)
+	}
+	for _, c := range slices.Clone(h.all.members) {
+		s.unplace(c)
+	}
+	s.unindexHost(h)
+	delete(s.hosts, id)
+}
+
+// SetMachine inserts or replaces a machine; its containers stay, also when it went
+// to another host. Its host must be known. A ceiling below the size counts as the size.
+func (s *State) SetMachine(m Machine) error {
+	h := s.hosts[m.Host]
+	switch {
+	case m.ID == "":
+		return errors.New("machine without an id")
+	case h == nil:
+		return fmt.Errorf("machine %s: host %q is not known", m.ID, m.Host)
+	case m.Isolation > Own:
+		return fmt.Errorf("machine %s: isolation %d makes no machine", m.ID, m.Isolation)
+	case !m.Size.valid() || !m.Min.valid() || !m.Ceiling.valid():
+		return fmt.Errorf("machine %s: size, minimum or ceiling is out of range", m.ID)
+	}
+	m.Ceiling = m.Ceiling.max(m.Size)
+	s.rev++
+	old := s.machines[m.ID]
+	if old == nil {
+		s.addMachine(&machine{Machine: m})
+		return nil
+	}
+	if old.Host == m.Host && old.Isolation == m.Isolation && old.Project == m.Project {
+		s.unindexMachine(old)
+		h.machinesSize = h.machinesSize.sub(old.Size).add(m.Size)
+		old.Machine = m
+		s.indexMachine(old)
+		s.reindexHost(h)
+		return nil
+	}
+	inside := slices.Clone(old.in.members)
+	s.dropMachine(old)
+	n := &machine{Machine: m}
+	s.addMachine(n)
+	for _, c := range inside {
+		s.place(c, h, n)
+	}
+	return nil
+}
+
+// RemoveMachine forgets a machine; what ran in it counts as not placed.
+func (s *State) RemoveMachine(id string) {
+	if m := s.machines[id]; m != nil {
+		s.rev++
+		s.dropMachine(m)
+	}
+}
+
+// SetContainer inserts or replaces a container, placed (Machine, or Host on metal)
+// or not. A state that breaks rules is taken as it is: it was seen. Its machine or
+// host must be known.
+func (s *State) SetContainer(c Container) error {
+	switch {
+	case c.ID == "":
+		return errors.New("container without an id")
+	case !c.Request.valid():
+		return fmt.Errorf("container %s: request is out of range", c.ID)
+	case c.Isolation > Metal:
+		return fmt.Errorf("container %s: isolation %d is not known", c.ID, c.Isolation)
+	case c.Spread != "" && c.Spread != "host" && c.Spread != "machine" && c.Spread != "zone":
+		return fmt.Errorf("container %s: spread %q is not one of host, machine, zone", c.ID, c.Spread)
+	}
+	for _, r := range c.Anti {
+		if r.Layer != "machine" && r.Layer != "host" || r.Max < 0 {
+			return fmt.Errorf("container %s: rule against %s: layer %q with at most %d is not valid", c.ID, r.Service, r.Layer, r.Max)
+		}
+	}
+	var h *host
+	m := s.machines[c.Machine]
+	switch {
+	case c.Machine != "" && m == nil:
+		return fmt.Errorf("container %s: machine %q is not known", c.ID, c.Machine)
+	case m != nil:
+		if c.Host != "" && c.Host != m.Host {
+			return fmt.Errorf("container %s: machine %s is on host %s, not %s", c.ID, m.ID, m.Host, c.Host)
+		}
+		h = m.host
+	case c.Host != "":
+		if h = s.hosts[c.Host]; h == nil {
+			return fmt.Errorf("container %s: host %q is not known", c.ID, c.Host)
+		}
+	}
+	c.Ports, c.Volumes = slices.Clone(c.Ports), slices.Clone(c.Volumes)
+	c.Hosts, c.Anti = slices.Clone(c.Hosts), slices.Clone(c.Anti)
+	s.rev++
+	if old := s.containers[c.ID]; old != nil {
+		s.unplace(old)
+	}
+	n := &container{Container: c, need: c.effective()}
+	n.Machine, n.Host = "", ""
+	s.containers[c.ID] = n
+	if h != nil {
+		s.place(n, h, m)
+	}
+	return nil
+}
+
+// RemoveContainer forgets a container.
+func (s *State) RemoveContainer(id string) {
+	if c := s.containers[id]; c != nil {
+		s.rev++
+		s.unplace(c)
+		delete(s.containers, id)
+	}
+}
+
+// SetVolume says on which host a volume's disk is; "" is on none yet.
+func (s *State) SetVolume(id, host string) {
+	if s.volumes[id] == host {
+		return
+	}
+	s.rev++
+	s.setVolume(id, host)
+}
+
+// Clone copies the state, for what-if questions. O(everything).
+func (s *State) Clone() *State {
+	n := New()
+	for _, id := range slices.Sorted(maps.Keys(s.hosts)) {
+		h := &host{Host: s.hosts[id].Host, ports: map[portKey][]*container{}}
+		h.Labels = maps.Clone(h.Labels)
+		n.hosts[id] = h
+		n.indexHost(h)
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.machines)) {
+		n.addMachine(&machine{Machine: s.machines[id].Machine})
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
+		c := s.containers[id]
+		k := &container{Container: c.Container, need: c.need}
+		k.Machine, k.Host = "", ""
+		n.containers[c.ID] = k
+		if c.host != nil {
+			n.place(k, n.hosts[c.host.ID], n.machines[c.Machine])
+		}
+	}
+	maps.Copy(n.volumes, s.volumes)
+	n.rev = s.rev
+	return n
+}
