@@ -1,0 +1,64 @@
+# Tandem. `make demo` shows it, `make test` proves it, `make help` lists the rest.
+SHELL       := /bin/bash
+.DEFAULT_GOAL := help
+VERSION     := $(shell cat VERSION)
+BIN         := $(CURDIR)/bin
+GOFLAGS_ALL := -trimpath
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VULNCHECK   := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+export CGO_ENABLED ?= 0
+
+.PHONY: help deps build guest demo demo-clean test race lint vulncheck fuzz bench install generate clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+deps: ## install what building and running need, from Debian
+	@build/deps
+
+build: deps ## tandem, tandem-guest and runc, into bin/
+	@mkdir -p $(BIN)
+	@build/step "building tandem" go build $(GOFLAGS_ALL) -ldflags "$(LDFLAGS)" -o $(BIN)/tandem ./cmd/tandem
+	@build/step "building tandem-guest" go build $(GOFLAGS_ALL) -ldflags "$(LDFLAGS)" -o $(BIN)/tandem-guest ./cmd/tandem-guest
+	@build/step "building runc" build/make-runc $(BIN)/runc
+
+guest: build ## the guest's kernel and initramfs, into bin/guest
+	@build/step "making the guest" $(BIN)/tandem guest build --guest $(BIN)/tandem-guest --runc $(BIN)/runc --out $(BIN)/guest
+
+demo: guest ## a Compose file becomes Apache and Tomcat in one real VM
+	@examples/shop/demo up
+
+demo-clean: ## remove all that the demo made
+	@examples/shop/demo clean
+
+test: guest ## unit, contract, simulation and end-to-end tests, real VMs included
+	@build/test
+
+race: guest ## the concurrent packages under the race detector
+	@CGO_ENABLED=1 go test -race -timeout 15m ./internal/rpc/... ./internal/session/... ./internal/store/... ./internal/control/... ./internal/server/... ./internal/agent/... ./internal/planner/...
+
+lint: ## format, vet, staticcheck
+	@build/lint $(STATICCHECK)
+
+vulncheck: ## known vulnerabilities in what is linked in (needs the Go vulnerability database)
+	go run $(VULNCHECK) ./...
+
+fuzz: ## every fuzz target for FUZZTIME (default 5m) each
+	@build/fuzz
+
+bench: guest ## the numbers of SPECIFICATION.md, side by side
+	@bench/run
+
+install: guest ## into /usr/local
+	install -D -m 755 $(BIN)/tandem /usr/local/bin/tandem
+	install -D -m 755 $(BIN)/tandem-guest /usr/local/lib/tandem/tandem-guest
+	install -D -m 755 $(BIN)/runc /usr/local/lib/tandem/runc
+	mkdir -p /usr/local/lib/tandem/guest && cp $(BIN)/guest/* /usr/local/lib/tandem/guest/
+	install -D -m 644 build/tandem.service /etc/systemd/system/tandem.service
+
+generate: ## Go code from the .proto files
+	@api/generate.sh
+
+clean: ## what make made here
+	rm -rf $(BIN)

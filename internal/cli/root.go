@@ -1,0 +1,200 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// Exit codes of the command.
+const (
+	ExitDone    = 0
+	ExitFailed  = 1
+	ExitUsage   = 2
+	ExitChanges = 3 // --detailed-exitcode: the plan has changes
+)
+
+// DefaultSocket is where `tandem serve` listens unless told otherwise.
+const DefaultSocket = "/run/tandem/tandem.sock"
+
+// Env is the world around the command; tests give their own.
+type Env struct {
+	Stdin  io.Reader
+	Stdout io.Writer
+	Stderr io.Writer
+	Getenv func(string) string
+	// Version is what `tandem version` prints for the client.
+	Version string
+	// Extra commands that are not faces of the API: serve, agent, guest, ...
+	Extra []*cobra.Command
+}
+
+// app holds what all commands share.
+type app struct {
+	env     Env
+	socket  string
+	format  string
+	project string
+	files   []string
+	c       *client
+}
+
+// exitError ends the command with a code and, when text is not empty, a message.
+type exitError struct {
+	code int
+	text string
+}
+
+func (e *exitError) Error() string { return e.text }
+
+// usageError marks wrong use of a command.
+func usageError(format string, a ...any) error {
+	return &exitError{code: ExitUsage, text: fmt.Sprintf(format, a...)}
+}
+
+// Groups of commands in the help.
+const (
+	groupRun    = "run"
+	groupLook   = "look"
+	groupParts  = "parts"
+	groupDecide = "decide"
+	groupSystem = "system"
+)
+
+// New returns the command tree.
+func New(env Env) *cobra.Command {
+	if env.Getenv == nil {
+		env.Getenv = os.Getenv
+	}
+	a := &app{env: env}
+	root := &cobra.Command{
+		Use:   "tandem",
+		Short: "Virtual machines and containers, placed together",
+		Long: `Tandem runs your containers inside virtual machines and decides both together:
+which machine a container goes to, when a machine grows, when another one boots,
+and says why.
+
+  tandem up                    run the Compose file that lies here
+  tandem ps                    what runs, and where
+  tandem explain shop-web-1    why it runs there
+  tandem doctor                what this host can do`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		CompletionOptions: cobra.CompletionOptions{
+			HiddenDefaultCmd: false,
+		},
+	}
+	root.SetIn(env.Stdin)
+	root.SetOut(env.Stdout)
+	root.SetErr(env.Stderr)
+	root.AddGroup(
+		&cobra.Group{ID: groupRun, Title: "Run things:"},
+		&cobra.Group{ID: groupLook, Title: "Look at things:"},
+		&cobra.Group{ID: groupDecide, Title: "Understand decisions:"},
+		&cobra.Group{ID: groupParts, Title: "Parts:"},
+		&cobra.Group{ID: groupSystem, Title: "The system itself:"},
+	)
+	root.SetHelpCommandGroupID(groupSystem)
+	root.SetCompletionCommandGroupID(groupSystem)
+	pf := root.PersistentFlags()
+	socket := env.Getenv("TANDEM_HOST")
+	if socket == "" {
+		socket = "unix://" + DefaultSocket
+	}
+	pf.StringVarP(&a.socket, "host", "H", socket, "server to talk to: unix:///path (env TANDEM_HOST)")
+	pf.StringVar(&a.format, "format", "text", "how to print: text or json")
+	// Before the command -f and -p are the Compose file and the project; after it
+	// they are what Docker's users know: rm -f forces, run -p publishes.
+	root.TraverseChildren = true
+	compose := func(fs *pflag.FlagSet, f, p string) {
+		fs.StringArrayVarP(&a.files, "file", f, nil, "Compose file; may be given several times")
+		fs.StringVarP(&a.project, "project-name", p, env.Getenv("COMPOSE_PROJECT_NAME"), "project (env COMPOSE_PROJECT_NAME)")
+	}
+	compose(root.Flags(), "f", "p")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usageError("%v\nTry '%s --help'.", err, c.CommandPath())
+	})
+	root.PersistentPreRunE = func(c *cobra.Command, _ []string) error {
+		if a.format != "text" && a.format != "json" {
+			return usageError("--format is text or json, not %q", a.format)
+		}
+		return nil
+	}
+	add := func(group string, cmds ...*cobra.Command) {
+		for _, c := range cmds {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add(groupRun, a.up(), a.down(), a.run(), a.exec(), a.start(), a.stop(), a.restart(), a.kill(), a.rm(), a.scale(), a.attach(), a.pause(), a.unpause(), a.update(), a.wait())
+	add(groupLook, a.ps(), a.logs(), a.stats(), a.top(), a.events(), a.inspect(), a.picture())
+	add(groupDecide, a.plan(), a.explain())
+	add(groupParts, a.machine(), a.image(), a.volume(), a.hostCmd())
+	add(groupSystem, a.doctor(), a.version())
+	for _, c := range root.Commands() {
+		if c.HasSubCommands() {
+			continue
+		}
+		short := func(s string) string {
+			if c.Flags().ShorthandLookup(s) != nil {
+				return ""
+			}
+			return s
+		}
+		compose(c.Flags(), short("f"), short("p"))
+	}
+	for _, c := range env.Extra {
+		if c.GroupID == "" && !c.Hidden {
+			c.GroupID = groupSystem
+		}
+		root.AddCommand(c)
+	}
+	return root
+}
+
+// Run executes the command and returns its exit code.
+func Run(ctx context.Context, env Env, args []string) int {
+	root := New(env)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return ExitDone
+	}
+	var ee *exitError
+	if errors.As(err, &ee) {
+		if ee.text != "" {
+			fmt.Fprintln(env.Stderr, "tandem: "+ee.text)
+		}
+		return ee.code
+	}
+	if errors.Is(err, context.Canceled) || ctx.Err() != nil {
+		fmt.Fprintln(env.Stderr, "tandem: interrupted; what was asked for goes on in the background where it had begun")
+		return 130
+	}
+	fmt.Fprintln(env.Stderr, "tandem: "+explainError(err, root))
+	if strings.HasPrefix(err.Error(), "unknown command") || strings.Contains(err.Error(), "arg(s)") {
+		return ExitUsage
+	}
+	return ExitFailed
+}
+
+// explainError adds the next step where the class of an error tells it.
+func explainError(err error, root *cobra.Command) string {
+	msg := err.Error()
+	switch {
+	case errdefs.IsUnavailable(err) && strings.Contains(msg, "connect:"):
+		return msg + "\nIs the server running? Start it with: sudo tandem serve"
+	case strings.HasPrefix(msg, "unknown command"):
+		return msg + "\nTry 'tandem --help'."
+	case errdefs.IsPermissionDenied(err) && strings.Contains(msg, "connect:"):
+		return msg + "\nThe server's socket belongs to root; use sudo, or ask to be put in its group."
+	}
+	return msg
+}

@@ -1,0 +1,277 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/compose"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+// load reads the Compose files that the flags name.
+func (a *app) load(ctx context.Context, profiles, envFiles []string, dir string) (*compose.Project, error) {
+	p, err := compose.Load(ctx, compose.Options{
+		Files: a.files, WorkingDir: dir, ProjectName: a.project,
+		Profiles: profiles, EnvFiles: envFiles, Env: os.Environ(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range p.Warnings {
+		fmt.Fprintln(a.env.Stderr, "warning: "+w)
+	}
+	return p, nil
+}
+
+// projectName is the project that commands without a Compose file speak of:
+// --project-name, else the Compose file here, else none.
+func (a *app) projectName(ctx context.Context) (string, error) {
+	if a.project != "" {
+		return a.project, nil
+	}
+	p, err := compose.Load(ctx, compose.Options{Files: a.files, Profiles: []string{"*"}, Env: os.Environ()})
+	if err != nil {
+		if len(a.files) > 0 {
+			return "", err
+		}
+		return "", nil
+	}
+	return p.Request.GetProject(), nil
+}
+
+func (a *app) up() *cobra.Command {
+	var (
+		plan, detach, orphans, force, noRecreate, detailed, noStart bool
+		profiles, envFiles, scale                                   []string
+		dir                                                         string
+		timeout                                                     time.Duration
+	)
+	c := &cobra.Command{
+		Use:   "up [SERVICE...]",
+		Short: "Make a Compose file's services run",
+		Long: `Reads the Compose file here (or -f FILE), changes only what differs from what
+runs, and waits until every service runs and is healthy. --plan prints what would
+happen, with the reasons, and changes nothing.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, err := a.load(cmd.Context(), profiles, envFiles, dir)
+			if err != nil {
+				return err
+			}
+			req := p.Request
+			for _, s := range scale {
+				name, n, ok := strings.Cut(s, "=")
+				count, err := strconv.ParseInt(n, 10, 32)
+				i := slices.IndexFunc(req.Services, func(x *v1.ServiceSpec) bool { return x.Name == name })
+				if !ok || err != nil || count < 0 || i < 0 {
+					return usageError("--scale %q: give SERVICE=NUMBER with a service of the file", s)
+				}
+				req.Services[i].Replicas = int32(count)
+			}
+			req.Only, req.PlanOnly, req.Wait = args, plan, !detach
+			req.RemoveOrphans, req.ForceRecreate, req.NoRecreate, req.NoStart = orphans, force, noRecreate, noStart
+			if timeout > 0 {
+				req.Timeout = durationpb.New(timeout)
+			}
+			return a.apply(cmd.Context(), req, detailed)
+		},
+	}
+	f := c.Flags()
+	f.BoolVar(&plan, "plan", false, "print actions and reasons, change nothing")
+	f.BoolVar(&detailed, "detailed-exitcode", false, "with --plan: exit with 3 when there are changes")
+	f.BoolVarP(&detach, "detach", "d", false, "do not wait until everything runs")
+	f.BoolVar(&orphans, "remove-orphans", false, "remove services that the file no longer has")
+	f.BoolVar(&force, "force-recreate", false, "replace containers even when nothing changed")
+	f.BoolVar(&noRecreate, "no-recreate", false, "leave existing containers as they are")
+	f.BoolVar(&noStart, "no-start", false, "create, but do not start")
+	f.StringArrayVar(&profiles, "profile", nil, "Compose profile to switch on")
+	f.StringArrayVar(&envFiles, "env-file", nil, "file with variables for the Compose file")
+	f.StringArrayVar(&scale, "scale", nil, "SERVICE=NUMBER, overrides the file")
+	f.StringVar(&dir, "project-directory", "", "directory that relative paths start from")
+	f.DurationVar(&timeout, "timeout", 0, "give up waiting after this (default: never)")
+	return c
+}
+
+// apply sends a project and shows what happens.
+func (a *app) apply(ctx context.Context, req *v1.ApplyProjectRequest, detailed bool) error {
+	api, err := a.api()
+	if err != nil {
+		return err
+	}
+	st, err := api.projects.Apply(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	pr := newProgress(a.env.Stderr)
+	var result *v1.ApplyResult
+	changes := false
+	for st.Receive() {
+		switch k := st.Msg().GetKind().(type) {
+		case *v1.ApplyProjectResponse_Plan:
+			changes = len(k.Plan.GetActions()) > 0
+			if req.PlanOnly && a.format == "json" {
+				if err := a.printOne(k.Plan); err != nil {
+					return err
+				}
+			} else if req.PlanOnly {
+				printPlan(a.env.Stdout, k.Plan)
+			} else {
+				for _, u := range k.Plan.GetUnplaced() {
+					fmt.Fprintf(a.env.Stderr, "warning: %s has no place yet: %s. %s\n", u.GetContainer(), u.GetReason().GetSummary(), u.GetRemedy())
+				}
+			}
+			for _, w := range k.Plan.GetWarnings() {
+				fmt.Fprintln(a.env.Stderr, "warning: "+printable(w))
+			}
+		case *v1.ApplyProjectResponse_Progress:
+			pr.step(k.Progress)
+		case *v1.ApplyProjectResponse_Result:
+			result = k.Result
+		}
+	}
+	if err := st.Err(); err != nil {
+		return err
+	}
+	if req.PlanOnly {
+		if detailed && changes {
+			return &exitError{code: ExitChanges}
+		}
+		return nil
+	}
+	if a.format == "json" && result != nil {
+		return a.printOne(result)
+	}
+	if result.GetUnchanged() {
+		fmt.Fprintf(a.env.Stderr, "%s: nothing to change\n", req.GetProject())
+	}
+	return nil
+}
+
+// printPlan shows actions, each with its reason.
+func printPlan(w io.Writer, p *v1.Plan) {
+	if len(p.GetActions()) == 0 && len(p.GetUnplaced()) == 0 {
+		fmt.Fprintln(w, "Nothing to change.")
+		return
+	}
+	for i, x := range p.GetActions() {
+		fmt.Fprintf(w, "%3d. %s\n", i+1, printable(actionText(x)))
+		if s := x.GetReason().GetSummary(); s != "" && s != x.GetText() {
+			fmt.Fprintf(w, "     because: %s\n", printable(s))
+		}
+	}
+	for _, u := range p.GetUnplaced() {
+		fmt.Fprintf(w, "  ✗  %s has no place: %s\n", u.GetContainer(), printable(u.GetReason().GetSummary()))
+		if u.GetRemedy() != "" {
+			fmt.Fprintf(w, "     remedy: %s\n", printable(u.GetRemedy()))
+		}
+	}
+}
+
+func actionText(x *v1.PlanAction) string {
+	if x.GetText() != "" {
+		return x.GetText()
+	}
+	s := x.GetKind()
+	for _, part := range []string{x.GetContainer(), x.GetMachine(), x.GetHost()} {
+		if part != "" {
+			s += " " + part
+		}
+	}
+	if x.GetTo() != nil {
+		s += " to " + sizeText(x.GetTo())
+	}
+	return s
+}
+
+func (a *app) down() *cobra.Command {
+	var volumes bool
+	var timeout time.Duration
+	c := &cobra.Command{
+		Use:   "down",
+		Short: "Stop and remove a project's containers and networks",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			api, err := a.api()
+			if err != nil {
+				return err
+			}
+			name, err := a.projectName(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if name == "" {
+				return usageError("no Compose file here: name the project with -p, or the file with -f")
+			}
+			req := &v1.RemoveProjectRequest{Project: name, Volumes: volumes, Wait: true}
+			if timeout > 0 {
+				req.Timeout = durationpb.New(timeout)
+			}
+			st, err := api.projects.Remove(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			return a.follow(st)
+		},
+	}
+	c.Flags().BoolVarP(&volumes, "volumes", "v", false, "remove its named volumes too, with their data")
+	c.Flags().DurationVarP(&timeout, "timeout", "t", 0, "give each container this long to stop")
+	return c
+}
+
+// follow shows a stream of progress until it ends.
+func (a *app) follow(st *connect.ServerStreamForClient[v1.Progress]) error {
+	defer st.Close()
+	pr := newProgress(a.env.Stderr)
+	for st.Receive() {
+		pr.step(st.Msg())
+	}
+	return st.Err()
+}
+
+func (a *app) scale() *cobra.Command {
+	var detach bool
+	c := &cobra.Command{
+		Use:   "scale SERVICE=NUMBER...",
+		Short: "Change how many containers a service has",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			api, err := a.api()
+			if err != nil {
+				return err
+			}
+			name, err := a.projectName(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if name == "" {
+				return usageError("no Compose file here: name the project with -p")
+			}
+			req := &v1.ScaleRequest{Project: name, Replicas: map[string]int32{}, Wait: !detach}
+			for _, s := range args {
+				svc, n, ok := strings.Cut(s, "=")
+				count, err := strconv.ParseInt(n, 10, 32)
+				if !ok || err != nil || count < 0 {
+					return usageError("%q: give SERVICE=NUMBER", s)
+				}
+				req.Replicas[svc] = int32(count)
+			}
+			st, err := api.projects.Scale(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			return a.follow(st)
+		},
+	}
+	c.Flags().BoolVarP(&detach, "detach", "d", false, "do not wait")
+	return c
+}
