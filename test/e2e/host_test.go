@@ -1,0 +1,415 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// envInit makes the test binary the first process of a host's namespaces.
+const envInit = "TANDEM_E2E_INIT"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(envInit) != "" {
+		hostInit()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// hostInit is pid 1 of a host: it prepares the namespaces, says "ready" and reaps.
+func hostInit() {
+	check := func(err error, what string) {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "host init:", what, err)
+			os.Exit(1)
+		}
+	}
+	check(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), "private mounts")
+	check(unix.Mount("proc", "/proc", "proc", 0, ""), "proc")
+	check(unix.Mount("sysfs", "/sys", "sysfs", 0, ""), "sysfs")
+	// The control groups below /sys are the computer's: bring them back.
+	check(bindCgroups(), "cgroups")
+	lo, err := netlink.LinkByName("lo")
+	check(err, "lo")
+	check(netlink.LinkSetUp(lo), "lo up")
+	// A bridged packet must not meet iptables; see the network's page.
+	os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"), 0o644)
+	fmt.Println("ready")
+	ch := make(chan os.Signal, 64)
+	signal.Notify(ch, unix.SIGCHLD)
+	for range ch {
+		for {
+			var ws unix.WaitStatus
+			pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+			if pid <= 0 || err != nil {
+				break
+			}
+		}
+	}
+}
+
+// bindCgroups mounts again what a new sysfs hides. The list comes from the
+// parent through the environment, as "source;target;type;options" lines.
+func bindCgroups() error {
+	for _, l := range strings.Split(strings.TrimSpace(os.Getenv(envInit)), "\n") {
+		p := strings.Split(l, ";")
+		if len(p) != 3 {
+			continue
+		}
+		target, typ, opts := p[0], p[1], p[2]
+		os.MkdirAll(target, 0o755)
+		if err := unix.Mount(typ, target, typ, 0, opts); err != nil {
+			return fmt.Errorf("%s: %w", target, err)
+		}
+	}
+	return nil
+}
+
+// cgroupMounts describes this computer's hierarchies for bindCgroups.
+func cgroupMounts() string {
+	b, _ := os.ReadFile("/proc/self/mounts")
+	var out []string
+	for _, l := range strings.Split(string(b), "\n") {
+		p := strings.Fields(l)
+		if len(p) < 4 || !strings.HasPrefix(p[1], "/sys/fs/cgroup") {
+			continue
+		}
+		var opts []string
+		for _, o := range strings.Split(p[3], ",") {
+			switch o {
+			case "rw", "ro", "relatime", "nosuid", "nodev", "noexec", "mode=755", "seclabel", "inode64":
+			default:
+				opts = append(opts, o)
+			}
+		}
+		out = append(out, p[1]+";"+p[2]+";"+strings.Join(opts, ","))
+	}
+	return strings.Join(out, "\n") + "\n"
+}
+
+// host is one simulated server with Tandem on it.
+type host struct {
+	t     *testing.T
+	dir   string
+	bin   string
+	init  *exec.Cmd
+	serve *exec.Cmd
+	log   *os.File
+}
+
+// libDir is where tandem, runc and guest/ lie.
+func libDir(t *testing.T) string {
+	d := os.Getenv("TANDEM_LIB_DIR")
+	if d == "" {
+		d = "../../bin"
+	}
+	d, err := filepath.Abs(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(d, "tandem")); err != nil {
+		t.Fatalf("%v: build first with: make guest", err)
+	}
+	return d
+}
+
+// newHost makes namespaces and a state directory; start() runs Tandem in them.
+func newHost(t *testing.T) *host {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "te-") // short: unix sockets' paths are
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &host{t: t, dir: dir, bin: libDir(t)}
+	h.init = exec.Command("/proc/self/exe")
+	h.init.Env = append(os.Environ(), envInit+"="+cgroupMounts())
+	h.init.Stderr = os.Stderr
+	h.init.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
+		Pdeathsig:  unix.SIGKILL,
+	}
+	out, err := h.init.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.init.Start(); err != nil {
+		t.Fatalf("namespaces: %v", err)
+	}
+	line := make([]byte, 6)
+	if _, err := io.ReadFull(out, line); err != nil {
+		t.Fatalf("host init: %v", err)
+	}
+	h.log, err = os.Create(filepath.Join(dir, "serve.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.close)
+	return h
+}
+
+// close ends the host. With all its processes gone the kernel takes mounts,
+// links and namespaces back; what could remain is looked for.
+func (h *host) close() {
+	if h.t.Failed() {
+		b, _ := os.ReadFile(h.log.Name())
+		if len(b) > 20000 {
+			b = b[len(b)-20000:]
+		}
+		h.t.Logf("serve.log:\n%s", b)
+	}
+	if h.serve != nil {
+		h.kill9()
+	}
+	out, err := h.try("reset", "--yes", "--state-dir", h.state(), "--run-dir", h.run())
+	if err != nil {
+		h.t.Errorf("reset: %v\n%s", err, out)
+	}
+	if left := h.processes("qemu-system", "tandem"); len(left) > 0 {
+		h.t.Errorf("left behind after reset: %v", left)
+	}
+	h.init.Process.Kill()
+	h.init.Wait()
+	if left := h.cgroupsLeft(); len(left) > 0 {
+		h.t.Errorf("control groups left behind: %v", left)
+	}
+	h.log.Close()
+	os.RemoveAll(h.dir)
+}
+
+func (h *host) state() string { return filepath.Join(h.dir, "s") }
+func (h *host) run() string   { return filepath.Join(h.dir, "r") }
+
+// cgroupsLeft lists groups of this host's that still exist.
+func (h *host) cgroupsLeft() []string {
+	sum := sha256.Sum256([]byte(h.run()))
+	var left []string
+	for _, pattern := range []string{"/sys/fs/cgroup/*/tandem-", "/sys/fs/cgroup/tandem-"} {
+		m, _ := filepath.Glob(pattern + hex.EncodeToString(sum[:4]) + "*/*")
+		left = append(left, m...)
+	}
+	return left
+}
+
+// inside is a command in the host's namespaces.
+func (h *host) inside(ctx context.Context, name string, args ...string) *exec.Cmd {
+	pid := strconv.Itoa(h.init.Process.Pid)
+	c := exec.CommandContext(ctx, "nsenter", append([]string{"-t", pid, "-n", "-m", "-p", "-u", "-i", "--", name}, args...)...)
+	c.Env = append(os.Environ(), "TANDEM_HOST=unix://"+h.run()+"/tandem.sock", "COMPOSE_PROJECT_NAME=")
+	return c
+}
+
+// launch starts `tandem serve` and waits until it answers.
+func (h *host) launch(flags ...string) {
+	h.t.Helper()
+	args := append([]string{"serve", "--state-dir", h.state(), "--run-dir", h.run(), "--lib-dir", h.bin}, flags...)
+	c := h.inside(context.Background(), filepath.Join(h.bin, "tandem"), args...)
+	c.Stdout, c.Stderr = h.log, h.log
+	if err := c.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.serve = c
+	h.eventually(60*time.Second, "tandem serve answers", func() error {
+		out, err := h.try("host", "ls", "--format", "json")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		var hosts []struct {
+			Connected bool `json:"connected"`
+		}
+		if err := json.Unmarshal([]byte(out), &hosts); err != nil {
+			return err
+		}
+		if len(hosts) != 1 || !hosts[0].Connected {
+			return errors.New("the agent is not connected")
+		}
+		return nil
+	})
+}
+
+// kill9 kills `tandem serve` (nsenter's child too).
+func (h *host) kill9() {
+	for _, p := range h.find("tandem", "serve") {
+		unix.Kill(p, unix.SIGKILL)
+	}
+	h.serve.Process.Kill()
+	h.serve.Wait()
+	h.serve = nil
+}
+
+// try runs tandem in the host and returns what it printed on standard output;
+// an error holds what it printed on standard error.
+func (h *host) try(args ...string) (string, error) {
+	return h.tryFor(10*time.Minute, "", args...)
+}
+
+func (h *host) tryFor(d time.Duration, stdin string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	c := h.inside(ctx, filepath.Join(h.bin, "tandem"), args...)
+	var out, errb bytes.Buffer
+	c.Stdin, c.Stdout, c.Stderr = strings.NewReader(stdin), &out, &errb
+	err := c.Run()
+	if err != nil {
+		err = fmt.Errorf("tandem %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errb.String()))
+	}
+	return out.String(), err
+}
+
+func (h *host) tandem(args ...string) string {
+	h.t.Helper()
+	out, err := h.try(args...)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return out
+}
+
+// curl gets a page from inside the host.
+func (h *host) curl(url string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	out, err := h.inside(ctx, "curl", "-sS", "--max-time", "20", url).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("curl %s: %w: %s", url, err, out)
+	}
+	return string(out), nil
+}
+
+// eventually polls until f answers nil; the deadline is generous, since machines
+// may be emulated.
+func (h *host) eventually(d time.Duration, what string, f func() error) {
+	h.t.Helper()
+	deadline := time.Now().Add(d)
+	var err error
+	for {
+		if err = f(); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s: not within %s: %v", what, d, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// find lists pids (as seen from outside) of the host's processes whose command
+// line has all the words.
+func (h *host) find(words ...string) []int {
+	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.init.Process.Pid))
+	if err != nil {
+		return nil
+	}
+	var out []int
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+next:
+	for _, d := range dirs {
+		pid, _ := strconv.Atoi(filepath.Base(d))
+		if n, err := os.Readlink(d + "/ns/net"); err != nil || n != ns || pid == h.init.Process.Pid {
+			continue
+		}
+		b, _ := os.ReadFile(d + "/cmdline")
+		args := strings.Split(string(b), "\x00")
+		line := filepath.Base(args[0]) + " " + strings.Join(args[1:], " ")
+		for _, w := range words {
+			if !strings.Contains(line, w) {
+				continue next
+			}
+		}
+		out = append(out, pid)
+	}
+	return out
+}
+
+// processes lists command lines of the host's processes of these programs.
+func (h *host) processes(names ...string) []string {
+	var out []string
+	for _, n := range names {
+		for _, p := range h.find(n) {
+			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
+			out = append(out, strings.ReplaceAll(string(b), "\x00", " "))
+		}
+	}
+	return out
+}
+
+// container is what the tests look at in `tandem ps --format json`.
+type container struct {
+	Meta struct {
+		ID, Name, Project string
+	}
+	Service    string
+	Assignment struct {
+		HostID    string `json:"host_id"`
+		MachineID string `json:"machine_id"`
+		IP        string
+	}
+	Status struct {
+		State        string
+		ExitCode     int    `json:"exit_code"`
+		RestartCount int    `json:"restart_count"`
+		StartedAt    string `json:"started_at"`
+		Health       string
+		Message      string
+	}
+}
+
+func (h *host) containers() (map[string]container, error) {
+	out, err := h.try("ps", "-a", "--format", "json")
+	if err != nil {
+		return nil, err
+	}
+	var list []container
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		return nil, fmt.Errorf("%w: %s", err, out)
+	}
+	m := map[string]container{}
+	for _, c := range list {
+		m[c.Meta.Name] = c
+	}
+	return m, nil
+}
+
+func (h *host) container(name string) container {
+	h.t.Helper()
+	all, err := h.containers()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	c, ok := all[name]
+	if !ok {
+		h.t.Fatalf("no container %s; there are %v", name, all)
+	}
+	return c
+}
+
+// compose writes a Compose file and returns its path.
+func (h *host) compose(name, text string) string {
+	h.t.Helper()
+	dir := filepath.Join(h.dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		h.t.Fatal(err)
+	}
+	f := filepath.Join(dir, "compose.yaml")
+	if err := os.WriteFile(f, []byte(text), 0o644); err != nil {
+		h.t.Fatal(err)
+	}
+	return f
+}
