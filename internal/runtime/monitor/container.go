@@ -1,0 +1,421 @@
+package monitor
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"tandem/internal/runtime/jsonlog"
+)
+
+// container is one id: the latest start and the clients attached to it.
+type container struct {
+	s   *server
+	id  string
+	dir string
+
+	startMu sync.Mutex // one start, clean-up or forget at a time
+
+	mu    sync.Mutex
+	req   StartRequest
+	st    Status
+	proc  *process
+	stdin *os.File // write end, or the terminal
+	tty   *os.File
+
+	outMu   sync.Mutex // orders the log and what clients see
+	logw    *jsonlog.Writer
+	logWarn time.Time
+	ending  chan struct{} // closed when the process is gone and clients must not be waited for
+	clients map[*client]bool
+}
+
+func (c *container) status() Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.st
+}
+
+func (c *container) set(st Status) {
+	c.mu.Lock()
+	c.st = st
+	c.mu.Unlock()
+	c.s.publish(st)
+}
+
+const (
+	fileStart = "start.json"
+	fileExit  = "exit.json"
+	filePID   = "pid"
+)
+
+// start runs the container's first process. A repeated request is answered with
+// what the first one did.
+func (s *server) start(r *StartRequest) (*Status, error) {
+	if !filepath.IsAbs(r.Runc) || !filepath.IsAbs(r.Root) || !filepath.IsAbs(r.Bundle) || !filepath.IsAbs(r.LogPath) || len(r.Cgroup) < 2 || r.Cgroup[0] != '/' {
+		return nil, fmt.Errorf("monitor: start of %s: paths must be absolute: %w", r.ID, errdefs.ErrInvalidArgument)
+	}
+	c, err := s.container(r.ID, true)
+	if err != nil {
+		return nil, err
+	}
+	c.startMu.Lock()
+	defer c.startMu.Unlock()
+	st := c.status()
+	if st.Run == r.Run && st.State != "" && !st.Failed {
+		return &st, nil
+	}
+	if st.State == Running || st.State == Starting {
+		return nil, fmt.Errorf("container %s runs already: %w", r.ID, errdefs.ErrFailedPrecondition)
+	}
+	c.mu.Lock()
+	c.req = *r
+	c.mu.Unlock()
+	if err := c.clear(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("monitor: %w", err)
+	}
+	if err := writeJSON(filepath.Join(c.dir, fileStart), r); err != nil {
+		return nil, err
+	}
+	c.set(Status{ID: r.ID, Run: r.Run, State: Starting})
+	if err := c.launch(r); err != nil {
+		c.failed(r, err.Error())
+		return nil, err
+	}
+	st = c.status()
+	return &st, nil
+}
+
+// failed records that a start did not work; nothing of it is left.
+func (c *container) failed(r *StartRequest, why string) {
+	if err := c.clear(); err != nil {
+		c.s.log.Error("clean up after a failed start", "container", c.id, "error", err)
+	}
+	st := Status{ID: r.ID, Run: r.Run, State: Exited, ExitCode: ExitUnknown, Failed: true, Message: why, FinishedAt: c.s.o.Now()}
+	if err := writeJSON(filepath.Join(c.dir, fileExit), st); err != nil {
+		c.s.log.Error("keep a failed start", "container", c.id, "error", err)
+	}
+	c.set(st)
+	c.endClients(&st)
+}
+
+// clear removes what an earlier run left: processes, cgroup, runc's state, pipes.
+func (c *container) clear() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	g := c.s.cg.Group(c.req.Cgroup)
+	if err := g.Kill(ctx); err != nil {
+		return err
+	}
+	if err := g.Remove(ctx); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(c.req.Root, c.id)); err != nil {
+		return fmt.Errorf("state of container %s: %w", c.id, err)
+	}
+	for _, f := range []string{filePID, fileExit, "runc.log", "0", "1", "2"} {
+		if err := os.Remove(filepath.Join(c.dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("state of container %s: %w", c.id, err)
+		}
+	}
+	return nil
+}
+
+// launch makes the pipes and runs `runc run --detach`.
+func (c *container) launch(r *StartRequest) error {
+	logw, err := jsonlog.NewWriter(r.LogPath, r.LogMaxSize, r.LogMaxFiles)
+	if err != nil {
+		return err
+	}
+	io, err := openStdio(c.dir, r)
+	if err != nil {
+		logw.Close()
+		return err
+	}
+	args := []string{"run", "--detach", "--bundle", r.Bundle, "--pid-file", filepath.Join(c.dir, filePID)}
+	if io.console != nil {
+		args = append(args, "--console-socket", io.console.path)
+	}
+	started := c.s.o.Now()
+	err = runRunc(r.Runc, r.Root, filepath.Join(c.dir, "runc.log"), append(args, c.id), io.child[:])
+	io.closeChild()
+	var tty *os.File
+	if err == nil && io.console != nil {
+		tty, err = io.console.accept()
+	}
+	var p *process
+	if err == nil {
+		p, err = readPID(filepath.Join(c.dir, filePID))
+	}
+	if err != nil {
+		io.close()
+		logw.Close()
+		return fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	if tty != nil {
+		io.out, io.in = []stream{{"stdout", tty}}, tty
+	}
+	c.run(p, io, tty, logw, Status{ID: c.id, Run: r.Run, State: Running, PID: p.pid, StartedAt: started})
+	return nil
+}
+
+// run begins to serve a running process.
+func (c *container) run(p *process, io *stdio, tty *os.File, logw *jsonlog.Writer, st Status) {
+	c.outMu.Lock()
+	c.logw, c.ending = logw, make(chan struct{})
+	ending := c.ending
+	c.outMu.Unlock()
+	c.mu.Lock()
+	c.proc, c.stdin, c.tty = p, io.in, tty
+	c.mu.Unlock()
+	c.set(st)
+	var pumps sync.WaitGroup
+	for _, s := range io.out {
+		pumps.Go(func() { c.pump(s) })
+	}
+	go c.reap(p, io, &pumps, ending, st)
+}
+
+func (c *container) pump(s stream) {
+	buf := make([]byte, chunk)
+	for {
+		n, err := s.f.Read(buf)
+		if n > 0 {
+			c.output(s.name, buf[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// output logs a piece and hands it to all clients. A client that is connected and
+// does not read holds the container up after a while, as a terminal would.
+func (c *container) output(name string, p []byte) {
+	c.outMu.Lock()
+	defer c.outMu.Unlock()
+	now := c.s.o.Now()
+	if err := c.logw.Write(name, p, now); err != nil && now.Sub(c.logWarn) > time.Minute {
+		c.logWarn = now
+		c.s.log.Warn("output is lost", "container", c.id, "error", err)
+	}
+	for cl := range c.clients {
+		if !cl.push(kindOf(name), p, c.ending) {
+			delete(c.clients, cl)
+		}
+	}
+}
+
+// reap waits for the end and records it.
+func (c *container) reap(p *process, io *stdio, pumps *sync.WaitGroup, ending chan struct{}, st Status) {
+	code, known := p.wait()
+	st.State, st.ExitCode, st.FinishedAt = Exited, code, c.s.o.Now()
+	if !known {
+		st.Message = "it ended while its monitor was being replaced: the exit code is not known"
+	}
+	drained := make(chan struct{})
+	go func() { pumps.Wait(); close(drained) }()
+	select {
+	case <-drained:
+	case <-time.After(2 * time.Second): // someone outside holds the pipes, or a client does not read
+	}
+	close(ending)
+	io.close()
+	<-drained
+	c.mu.Lock()
+	c.proc, c.stdin, c.tty = nil, nil, nil
+	root, group := c.req.Root, c.s.cg.Group(c.req.Cgroup)
+	c.mu.Unlock()
+	st.OOMKills = group.OOMKills()
+	c.outMu.Lock()
+	if err := errors.Join(c.logw.Flush(c.s.o.Now()), c.logw.Close()); err != nil {
+		c.s.log.Warn("output is lost", "container", c.id, "error", err)
+	}
+	c.logw = nil
+	c.outMu.Unlock()
+	if err := writeJSON(filepath.Join(c.dir, fileExit), st); err != nil {
+		c.s.log.Error("keep an exit code", "container", c.id, "error", err)
+	}
+	c.set(st)
+	c.endClients(&st)
+
+	// What is left can wait until the exit is known; a start meanwhile clears too.
+	c.startMu.Lock()
+	defer c.startMu.Unlock()
+	if now := c.status(); now.Run != st.Run || now.State != Exited {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	err := errors.Join(group.Kill(ctx), group.Remove(ctx), os.RemoveAll(filepath.Join(root, c.id)))
+	if err != nil {
+		c.s.log.Warn("clean up after a container", "container", c.id, "error", err)
+	}
+}
+
+// adopt takes over what an earlier monitor left.
+func (s *server) adopt() {
+	es, err := os.ReadDir(s.o.Dir)
+	if err != nil {
+		s.log.Error("read the monitor's state", "error", err)
+		return
+	}
+	for _, e := range es {
+		if !e.IsDir() || !idPattern.MatchString(e.Name()) {
+			continue
+		}
+		c, err := s.container(e.Name(), true)
+		if err != nil {
+			continue
+		}
+		if err := c.adopt(); err != nil {
+			s.log.Error("take a container over", "container", c.id, "error", err)
+		}
+	}
+}
+
+func (c *container) adopt() error {
+	b, err := os.ReadFile(filepath.Join(c.dir, fileStart))
+	if err == nil {
+		err = json.Unmarshal(b, &c.req)
+	}
+	if err != nil || c.req.ID != c.id { // a start that never began
+		c.s.mu.Lock()
+		delete(c.s.ctrs, c.id)
+		c.s.mu.Unlock()
+		return os.RemoveAll(c.dir)
+	}
+	if b, err := os.ReadFile(filepath.Join(c.dir, fileExit)); err == nil {
+		var st Status
+		if json.Unmarshal(b, &st) == nil && st.ID == c.id {
+			c.st = st
+			return nil
+		}
+	}
+	p, err := readPID(filepath.Join(c.dir, filePID))
+	if err != nil || !alive(p.pid) || !c.s.cg.Group(c.req.Cgroup).Has(p.pid) {
+		ran := p != nil
+		if p != nil {
+			p.f.Close()
+		}
+		st := Status{ID: c.id, Run: c.req.Run, State: Exited, ExitCode: ExitUnknown, Failed: !ran, FinishedAt: c.s.o.Now(),
+			Message: "it ended while no monitor watched it: the exit code is not known"}
+		if b, err := os.ReadFile(filepath.Join(c.dir, filePID)); err == nil && len(b) > 0 {
+			st.Failed = false
+		} else {
+			st.Message = "the monitor was killed while it started it"
+		}
+		st.OOMKills = c.s.cg.Group(c.req.Cgroup).OOMKills()
+		if err := c.clear(); err != nil {
+			return err
+		}
+		c.st = st
+		return writeJSON(filepath.Join(c.dir, fileExit), st)
+	}
+	logw, err := jsonlog.NewWriter(c.req.LogPath, c.req.LogMaxSize, c.req.LogMaxFiles)
+	if err != nil {
+		return err
+	}
+	io := reopenStdio(c.dir, &c.req)
+	c.s.log.Info("took a running container over", "container", c.id, "pid", p.pid)
+	c.run(p, io, nil, logw, Status{ID: c.id, Run: c.req.Run, State: Running, PID: p.pid, StartedAt: startTime(p.pid, c.s.o.Now())})
+	return nil
+}
+
+// startTime is when a process began, from the kernel's clock ticks.
+func startTime(pid int, fallback time.Time) time.Time {
+	st, err := os.Stat("/proc/" + strconv.Itoa(pid))
+	if err != nil {
+		return fallback
+	}
+	return st.ModTime()
+}
+
+// watchOOM tells of kills in containers that go on living.
+func (s *server) watchOOM(ctx context.Context) {
+	t := time.NewTicker(2 * time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		s.mu.Lock()
+		var all []*container
+		for _, c := range s.ctrs {
+			all = append(all, c)
+		}
+		s.mu.Unlock()
+		for _, c := range all {
+			c.mu.Lock()
+			running, group := c.st.State == Running, s.cg.Group(c.req.Cgroup)
+			c.mu.Unlock()
+			if !running {
+				continue
+			}
+			n := group.OOMKills()
+			c.mu.Lock()
+			more := c.st.State == Running && n > c.st.OOMKills
+			if more {
+				c.st.OOMKills = n
+			}
+			st := c.st
+			c.mu.Unlock()
+			if more {
+				s.publish(st)
+			}
+		}
+	}
+}
+
+func readPID(path string) (*process, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("pid file: %w", err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 1 {
+		return nil, fmt.Errorf("pid file %s: %q is no process: %w", path, b, errdefs.ErrInternal)
+	}
+	return openProcess(pid)
+}
+
+// writeJSON replaces a file in one step.
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err == nil {
+		err = os.WriteFile(path+".new", b, 0o600)
+	}
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		return fmt.Errorf("monitor's state: %w", err)
+	}
+	return nil
+}
+
+func resize(tty *os.File, p []byte) {
+	if tty == nil || len(p) != 4 {
+		return
+	}
+	ws := unix.Winsize{Row: binary.BigEndian.Uint16(p), Col: binary.BigEndian.Uint16(p[2:])}
+	if rc, err := tty.SyscallConn(); err == nil {
+		_ = rc.Control(func(fd uintptr) { _ = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &ws) })
+	}
+}
