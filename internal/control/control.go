@@ -1,0 +1,224 @@
+package control
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/planner"
+	"tandem/internal/store"
+)
+
+// Clock tells the time; tests bring their own.
+type Clock interface {
+	Now() time.Time
+	// After is time.After on this clock.
+	After(d time.Duration) <-chan time.Time
+}
+
+type realClock struct{}
+
+func (realClock) Now() time.Time                         { return time.Now() }
+func (realClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+
+// Options of New. Zero values take the defaults that are named.
+type Options struct {
+	Store  *store.Store // required
+	Logger *slog.Logger
+	Clock  Clock
+	Rand   io.Reader // ids and MAC addresses; default crypto/rand
+
+	// ClusterCIDR is what networks are cut from (default 10.64.0.0/10), each
+	// NetworkBits long (default 22).
+	ClusterCIDR netip.Prefix
+	NetworkBits int
+	// IdleStop is how long a machine stays empty before it is stopped (default 60 s);
+	// ShrinkDelay how long one stays larger than needed (default 5 min).
+	IdleStop    time.Duration
+	ShrinkDelay time.Duration
+	// HostGrace is how long a host may be away before it counts as lost (default 3 s).
+	HostGrace time.Duration
+	// Debounce is how long a controller waits for further changes (default 10 ms).
+	Debounce time.Duration
+	// Events is how many events are kept (default 10,000).
+	Events int
+}
+
+// Controller runs all controllers over one store.
+type Controller struct {
+	opts  Options
+	store *store.Store
+	log   *slog.Logger
+	clock Clock
+
+	// Events is what happened lately.
+	Events *Events
+	// Hosts knows the agents that are connected.
+	Hosts *Hosts
+
+	planMu sync.Mutex
+	plan   *planState
+
+	randMu sync.Mutex
+	trim   trimmer
+	held   holds
+	tombs  tombs
+	// again wakes controllers for reasons that are no change of a record.
+	again map[string]chan struct{}
+}
+
+// New makes the controllers; Run starts them.
+func New(o Options) (*Controller, error) {
+	if o.Store == nil {
+		return nil, fmt.Errorf("controllers without a store: %w", errdefs.ErrInvalidArgument)
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Clock == nil {
+		o.Clock = realClock{}
+	}
+	if o.Rand == nil {
+		o.Rand = rand.Reader
+	}
+	if !o.ClusterCIDR.IsValid() {
+		o.ClusterCIDR = netip.MustParsePrefix("10.64.0.0/10")
+	}
+	o.ClusterCIDR = o.ClusterCIDR.Masked()
+	if o.NetworkBits == 0 {
+		o.NetworkBits = 22
+	}
+	if !o.ClusterCIDR.Addr().Is4() || o.NetworkBits < o.ClusterCIDR.Bits() || o.NetworkBits > 26 {
+		return nil, fmt.Errorf("cluster range %s can't be cut into /%d networks: %w", o.ClusterCIDR, o.NetworkBits, errdefs.ErrInvalidArgument)
+	}
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&o.IdleStop, time.Minute)
+	def(&o.ShrinkDelay, 5*time.Minute)
+	def(&o.HostGrace, 3*time.Second)
+	def(&o.Debounce, 10*time.Millisecond)
+	if o.Events == 0 {
+		o.Events = 10000
+	}
+	c := &Controller{opts: o, store: o.Store, log: o.Logger, clock: o.Clock, Events: newEvents(o.Events)}
+	c.Hosts = newHosts(c)
+	c.plan = newPlanState(c)
+	c.again = map[string]chan struct{}{}
+	for _, n := range []string{"deploy", "place", "trim", "collect"} {
+		c.again[n] = make(chan struct{}, 1)
+	}
+	return c, nil
+}
+
+// Run runs the controllers until ctx ends or the store fails.
+func (c *Controller) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	run := func(name string, fn func(context.Context) (time.Duration, error), kinds ...store.Kind) {
+		wg.Go(func() { c.loop(ctx, name, fn, kinds...) })
+	}
+	wg.Go(func() { c.followEvents(ctx) })
+	run("deploy", c.deploy, store.Projects, store.Services, store.Containers)
+	run("place", c.place, store.Containers, store.Machines, store.Hosts, store.Volumes, store.Networks)
+	run("trim", c.trimMachines, store.Containers, store.Machines, store.Hosts)
+	run("collect", c.collect, store.Projects, store.Services, store.Networks, store.Volumes, store.Containers, store.Machines)
+	wg.Go(func() { c.Hosts.watchLost(ctx) })
+	var err error
+	select {
+	case <-ctx.Done():
+	case <-c.store.Failed():
+		err = c.store.Err()
+	}
+	cancel()
+	wg.Wait()
+	return err
+}
+
+// loop calls fn whenever a record of these kinds has changed, when fn asked to be
+// called again after a while, and, a little later each time, when it failed.
+func (c *Controller) loop(ctx context.Context, name string, fn func(context.Context) (time.Duration, error), kinds ...store.Kind) {
+	sub := c.store.Subscribe(false, kinds...)
+	defer sub.Close()
+	wake := c.again[name]
+	backoff := 50 * time.Millisecond
+	for {
+		sub.Take()
+		next, err := fn(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			backoff = 50 * time.Millisecond
+		} else {
+			if !errdefs.IsConflict(err) && !errdefs.IsAlreadyExists(err) {
+				c.log.Warn("controller will try again", "controller", name, "err", err, "in", backoff)
+			}
+			next, backoff = backoff, min(backoff*2, 10*time.Second)
+		}
+		var timer <-chan time.Time
+		if next > 0 {
+			timer = c.clock.After(next)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-wake:
+		case <-timer:
+			continue
+		case <-sub.Ready():
+		}
+		select {
+		case <-time.After(c.opts.Debounce):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// poke lets a controller run though no record has changed.
+func (c *Controller) poke(name string) {
+	select {
+	case c.again[name] <- struct{}{}:
+	default:
+	}
+}
+
+// NewID makes an id: n random bytes in hex.
+func (c *Controller) NewID(n int) string {
+	b := make([]byte, n)
+	c.randMu.Lock()
+	defer c.randMu.Unlock()
+	if _, err := io.ReadFull(c.opts.Rand, b); err != nil {
+		panic("no randomness: " + err.Error())
+	}
+	return hex.EncodeToString(b)
+}
+
+// retry runs fn again while somebody else wrote in between.
+func retry(ctx context.Context, fn func() error) error {
+	for i := 0; ; i++ {
+		err := fn()
+		if err == nil || i == 20 || ctx.Err() != nil || !errdefs.IsConflict(err) {
+			return err
+		}
+	}
+}
+
+// Preview answers where containers that do not exist yet would go, once those
+// named in gone are no more. Nothing is written.
+func (c *Controller) Preview(ctx context.Context, fresh []*v1.Container, gone []string) (*planner.Plan, error) {
+	return c.plan.preview(fresh, gone)
+}

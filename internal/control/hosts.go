@@ -1,0 +1,372 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/api/tandem/v1/tandemv1connect"
+	"tandem/internal/store"
+)
+
+// Protocol is the version of what server and agent say to each other; one that
+// differs by at most one is spoken to.
+const ProtocolVersion = 1
+
+// Hosts knows the agents that are connected and what they last said.
+type Hosts struct {
+	c        *Controller
+	mu       sync.Mutex
+	sessions map[string]*session // by host id
+	progress map[string]*v1.Progress
+	moved    chan struct{} // closed and renewed on progress
+	seq      uint64
+	steps    []step
+	since    time.Time
+	// usage is what changes all the time: kept here, not in the store.
+	machines map[string]*v1.MachineStatus
+	volumes  map[string]*v1.VolumeStatus
+}
+
+type step struct {
+	host string
+	p    *v1.Progress
+}
+
+func newHosts(c *Controller) *Hosts {
+	return &Hosts{c: c, sessions: map[string]*session{}, progress: map[string]*v1.Progress{}, moved: make(chan struct{}), since: c.clock.Now(),
+		machines: map[string]*v1.MachineStatus{}, volumes: map[string]*v1.VolumeStatus{}}
+}
+
+// session is one agent's connection.
+type session struct {
+	h      *Hosts
+	hostID string
+	client tandemv1connect.AgentServiceClient
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu      sync.Mutex
+	full    bool            // the agent has told everything once
+	seen    map[string]bool // ids that the agent has
+	applied uint64          // revision of the intent that it took last
+	sent    map[string]time.Time
+	ids     map[string]bool // ids in that intent
+	pending *v1.HostStatus  // statuses to be written
+	wake    chan struct{}
+	lastIn  time.Time
+}
+
+var hostNameBad = regexp.MustCompile(`[^a-zA-Z0-9_.-]+`)
+
+// Serve works with one agent until its connection breaks or ctx ends. A second
+// connection of the same host ends the first.
+func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1connect.AgentServiceClient) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	hctx, hcancel := context.WithTimeout(ctx, 30*time.Second)
+	res, err := client.Hello(hctx, connect.NewRequest(&v1.AgentHelloRequest{Protocol: ProtocolVersion, ClusterId: c.store.ClusterID()}))
+	hcancel()
+	if err != nil {
+		return fmt.Errorf("hello of host %s: %w", hostID, err)
+	}
+	f := res.Msg.GetFacts()
+	if p := res.Msg.GetProtocol(); p+1 < ProtocolVersion || p > ProtocolVersion+1 {
+		return fmt.Errorf("host %s speaks protocol %d, this server %d: update the older one: %w", hostID, p, ProtocolVersion, errdefs.ErrFailedPrecondition)
+	}
+	if f.GetHostId() != hostID || hostID == "" || len(hostID) > 64 {
+		return fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
+	}
+	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{},
+		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
+	defer close(s.done)
+	c.Hosts.enter(s)
+	defer c.Hosts.leave(s)
+	if err := c.saveFacts(ctx, f); err != nil {
+		return err
+	}
+	c.log.Info("host connected", "host", f.GetHostname(), "id", hostID)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { s.push(ctx) })
+	wg.Go(func() { s.write(ctx) })
+	return s.watch(ctx)
+}
+
+func (h *Hosts) enter(s *session) {
+	h.mu.Lock()
+	old := h.sessions[s.hostID]
+	h.sessions[s.hostID] = s
+	h.mu.Unlock()
+	if old != nil {
+		old.cancel()
+		<-old.done
+	}
+}
+
+func (h *Hosts) leave(s *session) {
+	h.mu.Lock()
+	if h.sessions[s.hostID] == s {
+		delete(h.sessions, s.hostID)
+	}
+	h.since = h.c.clock.Now()
+	h.mu.Unlock()
+}
+
+// saveFacts makes or renews the host's record.
+func (c *Controller) saveFacts(ctx context.Context, f *v1.HostFacts) error {
+	return retry(ctx, func() error {
+		now := stamp(c.clock.Now())
+		if h, err := store.ByID[*v1.Host](c.store, store.Hosts, f.HostId); err == nil {
+			_, err := store.Update(ctx, c.store, store.KeyOf(h), func(h *v1.Host) error {
+				if !h.Connected || h.LastSeen == nil {
+					h.LastSeen = now
+				}
+				h.Facts, h.Connected = f, true
+				return nil
+			})
+			return err
+		}
+		name := strings.Trim(hostNameBad.ReplaceAllString(f.GetHostname(), "-"), "-_.")
+		name = name[:min(len(name), 100)]
+		if name == "" {
+			name = "host"
+		}
+		if _, err := store.Get[*v1.Host](c.store, store.Key{Kind: store.Hosts, Name: name}); err == nil {
+			name += "-" + f.HostId[:min(8, len(f.HostId))]
+		}
+		h := &v1.Host{Meta: &v1.Meta{Id: f.HostId, Name: name, CreatedAt: now, Generation: 1}, Facts: f, Connected: true, LastSeen: now}
+		_, err := c.store.Create(ctx, h)
+		if errdefs.IsAlreadyExists(err) {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrConflict)
+		}
+		return err
+	})
+}
+
+// Client reaches the agent of a host; Unavailable when it is not connected.
+func (h *Hosts) Client(hostID string) (tandemv1connect.AgentServiceClient, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s := h.sessions[hostID]; s != nil {
+		return s.client, nil
+	}
+	name := hostID
+	if r, err := store.ByID[*v1.Host](h.c.store, store.Hosts, hostID); err == nil {
+		name = r.Meta.Name
+	}
+	return nil, fmt.Errorf("host %s is not connected: check that its agent runs: %w", name, errdefs.ErrUnavailable)
+}
+
+// Connected lists the ids of connected hosts, sorted.
+func (h *Hosts) Connected() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Sorted(maps.Keys(h.sessions))
+}
+
+// LastSeen is when a host last said something.
+func (h *Hosts) LastSeen(hostID string) (time.Time, bool) {
+	h.mu.Lock()
+	s := h.sessions[hostID]
+	h.mu.Unlock()
+	if s == nil {
+		return time.Time{}, false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lastIn, true
+}
+
+// push hands the host its intent whenever that changes.
+func (s *session) push(ctx context.Context) {
+	c := s.h.c
+	sub := c.store.Subscribe(false)
+	defer sub.Close()
+	var last *v1.HostSpec
+	backoff := 100 * time.Millisecond
+	for {
+		sub.Take()
+		snap := c.store.Snapshot()
+		spec := hostSpec(snap, s.hostID, c.store.ClusterID())
+		wait := time.Duration(0)
+		if last != nil && sameSpec(last, spec) {
+			s.took(spec, snap.Revision) // nothing new for it: it is as good as applied
+		} else {
+			actx, cancel := context.WithTimeout(ctx, 30*time.Second)
+			_, err := s.client.Apply(actx, connect.NewRequest(&v1.ApplyHostRequest{Spec: spec}))
+			cancel()
+			if ctx.Err() != nil {
+				return
+			}
+			if err == nil {
+				last, backoff = spec, 100*time.Millisecond
+				s.took(spec, snap.Revision)
+			} else {
+				c.log.Warn("host did not take its intent", "host", s.hostID, "revision", spec.Revision, "err", err, "again in", backoff)
+				wait, backoff = backoff, min(2*backoff, 10*time.Second)
+			}
+		}
+		var timer <-chan time.Time
+		if wait > 0 {
+			timer = time.After(wait)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer:
+			continue
+		case <-sub.Ready():
+		}
+		select {
+		case <-time.After(c.opts.Debounce):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// took notes which intent the agent has.
+func (s *session) took(spec *v1.HostSpec, rev uint64) {
+	ids := make(map[string]bool, len(spec.Containers)+len(spec.Machines)+len(spec.Volumes))
+	for _, x := range spec.Containers {
+		ids[x.Id] = true
+	}
+	for _, x := range spec.Machines {
+		ids[x.Id] = true
+	}
+	for _, x := range spec.Volumes {
+		ids[x.Id] = true
+	}
+	s.mu.Lock()
+	now := s.h.c.clock.Now()
+	for id := range s.ids {
+		if !ids[id] {
+			s.sent[id] = now // no longer wanted since now
+		}
+	}
+	for id := range ids {
+		delete(s.sent, id)
+	}
+	grew := rev > s.applied
+	s.applied, s.ids = rev, ids
+	s.mu.Unlock()
+	if grew {
+		s.h.c.poke("collect")
+	}
+}
+
+// forgetAfter is how long a thing that was in an agent's intent, and that the
+// agent never spoke of, may still be going.
+const forgetAfter = 10 * time.Second
+
+// gone says that nothing is left of a container, machine or volume on a host:
+// the agent has an intent without it and does not speak of it any more. When that
+// is only a matter of time, it says when to ask again.
+func (h *Hosts) gone(hostID, id string, changedAt, _ uint64) (bool, time.Duration) {
+	h.mu.Lock()
+	s := h.sessions[hostID]
+	h.mu.Unlock()
+	if s == nil {
+		return false, 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.full || s.applied < changedAt || s.ids[id] || s.seen[id] {
+		return false, 0
+	}
+	if since, ok := s.sent[id]; ok {
+		if left := forgetAfter - h.c.clock.Now().Sub(since); left > 0 {
+			return false, left
+		}
+	}
+	return true, 0
+}
+
+// forget drops what is kept in memory of a thing that is gone.
+func (h *Hosts) forget(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.machines, id)
+	delete(h.volumes, id)
+	for _, s := range h.sessions {
+		s.mu.Lock()
+		delete(s.sent, id)
+		s.mu.Unlock()
+	}
+}
+
+// watchLost marks hosts as lost whose agent has been away for longer than the
+// grace time.
+func (h *Hosts) watchLost(ctx context.Context) {
+	c := h.c
+	away := map[string]time.Time{}
+	for {
+		now := c.clock.Now()
+		for _, r := range store.List[*v1.Host](c.store, "") {
+			h.mu.Lock()
+			here := h.sessions[r.Meta.Id] != nil
+			h.mu.Unlock()
+			if here || !r.Connected {
+				delete(away, r.Meta.Id)
+				continue
+			}
+			if _, ok := away[r.Meta.Id]; !ok {
+				away[r.Meta.Id] = now
+			}
+			if now.Sub(away[r.Meta.Id]) >= c.opts.HostGrace {
+				if err := c.lost(ctx, r, away[r.Meta.Id]); err != nil && ctx.Err() == nil && !errdefs.IsConflict(err) {
+					c.log.Warn("host could not be marked as lost", "host", r.Meta.Name, "err", err)
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.clock.After(time.Second):
+		}
+	}
+}
+
+// lost writes that a host does not answer and that nobody knows how its
+// containers and machines are.
+func (c *Controller) lost(ctx context.Context, h *v1.Host, since time.Time) error {
+	snap := c.store.Snapshot()
+	tx := c.store.Txn()
+	h = clone(h)
+	h.Connected, h.LastSeen = false, stamp(since)
+	tx.Update(h)
+	msg := "host " + h.Meta.Name + " does not answer"
+	for _, x := range snap.Containers {
+		if x.GetAssignment().GetHostId() == h.Meta.Id && x.GetStatus().GetState() != v1.ContainerState_CONTAINER_STATE_UNKNOWN {
+			x = clone(x)
+			x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_UNKNOWN, msg
+			tx.Update(x)
+		}
+	}
+	for _, m := range snap.Machines {
+		if m.HostId == h.Meta.Id && m.GetStatus().GetState() != v1.MachineState_MACHINE_STATE_UNREACHABLE {
+			m = clone(m)
+			if m.Status == nil {
+				m.Status = &v1.MachineStatus{}
+			}
+			m.Status.State, m.Status.Message = v1.MachineState_MACHINE_STATE_UNREACHABLE, msg
+			tx.Update(m)
+		}
+	}
+	_, err := tx.Commit(ctx)
+	if err == nil {
+		c.log.Warn("host lost", "host", h.Meta.Name)
+	}
+	return err
+}

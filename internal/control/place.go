@@ -1,0 +1,313 @@
+package control
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/planner"
+	"tandem/internal/store"
+)
+
+// unplaced says that a container needs a place: it is to run and has none.
+func unplaced(x *v1.Container) bool {
+	return x.GetAssignment().GetHostId() == "" && !x.Meta.Deleting && !x.Stopped
+}
+
+// place asks the planner where containers go and writes its answer, in one
+// transaction that relies on all it has read.
+func (c *Controller) place(ctx context.Context) (time.Duration, error) {
+	c.planMu.Lock()
+	defer c.planMu.Unlock()
+	snap := c.store.Snapshot()
+	c.plan.sync() // after the snapshot: the planner knows at least as much
+	var ids []string
+	for _, x := range snap.Containers {
+		if unplaced(x) {
+			ids = append(ids, x.Meta.Id)
+			// Services and volumes it refers to may have come after it.
+			if err := c.plan.state.SetContainer(c.plan.container(x)); err != nil {
+				return 0, err
+			}
+		}
+	}
+	if len(ids) == 0 {
+		return 0, nil
+	}
+	plan, err := c.plan.state.Decide(planner.Question{Place: ids})
+	if err != nil {
+		return 0, fmt.Errorf("placing %d containers: %w", len(ids), err)
+	}
+	w := newPlacement(c, snap)
+	for _, a := range plan.Actions {
+		w.action(a)
+	}
+	for _, u := range plan.Unplaced {
+		w.unplaced(u.Container, Reason(u.Reason), u.Remedy)
+	}
+	return 0, w.commit(ctx)
+}
+
+// placement turns a plan into records.
+type placement struct {
+	c          *Controller
+	snap       *store.Snapshot
+	tx         *store.Txn
+	ipam       *ipam
+	ports      map[portKey]bool
+	hosts      map[string]*v1.Host
+	machines   map[string]*v1.Machine // by id and, booted ones, by the plan's name
+	fresh      map[string]bool        // booted by this plan
+	changed    map[string]*v1.Machine // by id
+	order      []string
+	checked    map[string]bool
+	containers map[string]*v1.Container
+	networks   map[string]*v1.Network
+	volumes    map[string]*v1.Volume
+	names      map[string]bool
+	replacer   *strings.Replacer
+}
+
+func newPlacement(c *Controller, snap *store.Snapshot) *placement {
+	w := &placement{c: c, snap: snap, tx: c.store.Txn(), ipam: newIPAM(snap.Containers, snap.Machines), ports: takenPorts(snap.Containers),
+		hosts: map[string]*v1.Host{}, machines: map[string]*v1.Machine{}, fresh: map[string]bool{}, changed: map[string]*v1.Machine{},
+		checked: map[string]bool{}, containers: map[string]*v1.Container{}, networks: map[string]*v1.Network{}, volumes: map[string]*v1.Volume{}, names: map[string]bool{}}
+	for _, h := range snap.Hosts {
+		w.hosts[h.Meta.Id] = h
+	}
+	for _, m := range snap.Machines {
+		w.machines[m.Meta.Id] = m
+		w.names[m.Meta.Name] = true
+	}
+	for _, x := range snap.Containers {
+		w.containers[x.Meta.Id] = x
+	}
+	for _, n := range snap.Networks {
+		w.networks[n.Meta.Project+"/"+n.Meta.Name] = n
+	}
+	for _, v := range snap.Volumes {
+		w.volumes[v.Meta.Project+"/"+v.Meta.Name] = v
+	}
+	return w
+}
+
+// edit is the copy of a machine that this transaction writes.
+func (w *placement) edit(ref string) *v1.Machine {
+	m := w.machines[ref]
+	if m == nil {
+		return nil
+	}
+	id := m.Meta.Id
+	if w.changed[id] == nil {
+		if !w.fresh[id] {
+			m = clone(m)
+		}
+		w.changed[id] = m
+		w.order = append(w.order, id)
+		w.machines[id] = m
+	}
+	return w.changed[id]
+}
+
+func (w *placement) action(a planner.Action) {
+	switch a.Kind {
+	case planner.Boot:
+		m := w.c.newMachine(w.names, a.Project, isolationsBack[a.Isolation], fromSize(a.To), fromSize(a.Ceiling), a.Host)
+		m.Reason = w.named(Reason(a.Reason))
+		w.fresh[m.Meta.Id] = true
+		w.machines[a.Machine], w.machines[m.Meta.Id] = m, m
+		w.replacer = nil
+		w.edit(m.Meta.Id)
+		if h := w.hosts[a.Host]; h != nil && !w.checked[a.Host] {
+			w.checked[a.Host] = true
+			w.tx.Check(h)
+		}
+	case planner.Grow:
+		if m := w.edit(a.Machine); m != nil {
+			m.Size = fromSize(a.To)
+			m.Meta.Generation++
+		}
+	case planner.Place, planner.PlaceM:
+		w.put(a)
+	}
+}
+
+// newMachine is a machine's record, with the lowest number that is free as name.
+func (c *Controller) newMachine(names map[string]bool, project string, iso v1.Isolation, size, ceiling *v1.Size, host string) *v1.Machine {
+	n := 1
+	for names[fmt.Sprintf("m-%d", n)] {
+		n++
+	}
+	name := fmt.Sprintf("m-%d", n)
+	names[name] = true
+	mac, _ := hex.DecodeString(c.NewID(5))
+	return &v1.Machine{
+		Meta:      &v1.Meta{Id: "m-" + c.NewID(6), Project: project, Name: name, CreatedAt: stamp(c.clock.Now()), Generation: 1},
+		Isolation: iso, Size: size, Ceiling: ceiling, HostId: host,
+		Mac:    fmt.Sprintf("02:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1], mac[2], mac[3], mac[4]),
+		Status: &v1.MachineStatus{State: v1.MachineState_MACHINE_STATE_PENDING},
+	}
+}
+
+// put writes one container's assignment.
+func (w *placement) put(a planner.Action) {
+	x := w.containers[a.Container]
+	if x == nil {
+		return
+	}
+	reason := w.named(Reason(a.Reason))
+	x = clone(x)
+	x.Assignment = &v1.Assignment{HostId: a.Host, Reason: reason, At: stamp(w.c.clock.Now())}
+	var m *v1.Machine
+	if a.Kind == planner.Place {
+		if m = w.machines[a.Machine]; m == nil {
+			w.c.log.Error("the plan names a machine that is not there", "machine", a.Machine, "container", x.Meta.Name)
+			return
+		}
+		x.Assignment.MachineId, x.Assignment.HostId = m.Meta.Id, m.HostId
+	}
+	if at := attachments(x); len(at) > 0 {
+		n := w.networks[x.Meta.Project+"/"+at[0]]
+		if n == nil {
+			w.unplaced(x.Meta.Id, &v1.Reason{Summary: "network " + at[0] + " is not there"}, "")
+			return
+		}
+		fixed := ""
+		if len(x.Spec.Networks) > 0 {
+			fixed = x.Spec.Networks[0].Ipv4
+		}
+		if m != nil {
+			before := len(m.Prefixes)
+			e := m
+			if w.changed[m.Meta.Id] == nil {
+				e = clone(m) // kept only when it gets a further block
+			}
+			ip, err := w.ipam.pick(n, e, fixed)
+			if err != nil {
+				w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
+				return
+			}
+			x.Assignment.Ip = ip
+			if len(e.Prefixes) > before {
+				k := w.edit(m.Meta.Id)
+				k.Prefixes = e.Prefixes
+			}
+		} else {
+			ip, err := w.ipam.pick(n, nil, fixed)
+			if err != nil {
+				w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
+				return
+			}
+			x.Assignment.Ip = ip
+		}
+		x.Assignment.NetworkId = n.Meta.Id
+	}
+	x.Assignment.Ports = choosePorts(x.Spec.GetPorts(), w.ports)
+	for _, name := range NamedVolumes(x.Spec) {
+		v := w.volumes[x.Meta.Project+"/"+name]
+		if v != nil && v.HostId == "" {
+			v = clone(v)
+			v.HostId = x.Assignment.HostId
+			w.volumes[x.Meta.Project+"/"+name] = v
+			w.tx.Update(v)
+		}
+	}
+	if x.Status == nil {
+		x.Status = &v1.ContainerStatus{}
+	}
+	x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_PENDING, ""
+	x.Status.HostId, x.Status.MachineId, x.Status.Ip = x.Assignment.HostId, x.Assignment.MachineId, x.Assignment.Ip
+	w.tx.Update(x)
+	if m != nil && w.changed[m.Meta.Id] == nil && !w.checked[m.Meta.Id] {
+		w.checked[m.Meta.Id] = true
+	}
+}
+
+// named gives machines and hosts the names that people know, in place of ids.
+func (w *placement) named(r *v1.Reason) *v1.Reason {
+	if w.replacer == nil {
+		w.replacer = nameReplacer(w.machines, w.hosts)
+	}
+	r.Summary = w.replacer.Replace(r.Summary)
+	for _, e := range r.Exclusions {
+		e.Detail = w.replacer.Replace(e.Detail)
+	}
+	for _, o := range r.Options {
+		if m := w.machines[o.Machine]; m != nil {
+			o.Machine = m.Meta.Name
+		}
+		if h := w.hosts[o.Host]; h != nil {
+			o.Host = h.Meta.Name
+		}
+	}
+	return r
+}
+
+// unplaced keeps the reason where people look for it.
+func (w *placement) unplaced(id string, r *v1.Reason, remedy string) {
+	x := w.containers[id]
+	if x == nil {
+		return
+	}
+	w.c.plan.unplaced[id] = w.named(r)
+	msg := "no place: " + r.Summary
+	if remedy != "" {
+		remedy = w.replacer.Replace(remedy)
+		msg += "; " + remedy
+	}
+	if x.GetStatus().GetMessage() == msg && x.Status.State == v1.ContainerState_CONTAINER_STATE_PENDING {
+		return
+	}
+	x = clone(x)
+	if x.Status == nil {
+		x.Status = &v1.ContainerStatus{}
+	}
+	x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_PENDING, msg
+	w.tx.Update(x)
+}
+
+func (w *placement) commit(ctx context.Context) error {
+	for _, id := range w.order {
+		m := w.changed[id]
+		if w.fresh[id] {
+			w.tx.Create(m)
+		} else {
+			w.tx.Update(m)
+		}
+		delete(w.checked, id)
+	}
+	for id := range w.checked {
+		if m := w.machines[id]; m != nil && w.hosts[id] == nil {
+			w.tx.Check(m)
+		}
+	}
+	_, err := w.tx.Commit(ctx)
+	return err
+}
+
+// nameReplacer puts names in the place of ids in sentences; longer ids first, so
+// that none is taken for the beginning of another.
+func nameReplacer(machines map[string]*v1.Machine, hosts map[string]*v1.Host) *strings.Replacer {
+	var pairs [][2]string
+	for ref, m := range machines {
+		pairs = append(pairs, [2]string{ref, m.Meta.Name})
+	}
+	for ref, h := range hosts {
+		pairs = append(pairs, [2]string{ref, h.Meta.Name})
+	}
+	slices.SortFunc(pairs, func(a, b [2]string) int {
+		if len(a[0]) != len(b[0]) {
+			return len(b[0]) - len(a[0])
+		}
+		return strings.Compare(a[0], b[0])
+	})
+	var args []string
+	for _, p := range pairs {
+		args = append(args, p[0], p[1])
+	}
+	return strings.NewReplacer(args...)
+}

@@ -1,0 +1,102 @@
+package control
+
+import (
+	"context"
+	"time"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/planner"
+)
+
+// trimmer remembers since when machines are empty or too large. A restart starts
+// the clocks anew: machines live a little longer then.
+type trimmer struct {
+	empty map[string]time.Time
+	large map[string]time.Time
+}
+
+// trimMachines stops machines that have been empty for a while and shrinks those
+// that have long been larger than what they hold.
+func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
+	c.planMu.Lock()
+	defer c.planMu.Unlock()
+	snap := c.store.Snapshot()
+	c.plan.sync()
+	if c.trim.empty == nil {
+		c.trim.empty, c.trim.large = map[string]time.Time{}, map[string]time.Time{}
+	}
+	now := c.clock.Now()
+	holds := map[string]int{}
+	for _, x := range snap.Containers {
+		holds[x.GetAssignment().GetMachineId()]++
+	}
+	machines := map[string]*v1.Machine{}
+	var idle []string
+	next := time.Duration(0)
+	later := func(d time.Duration) {
+		if next == 0 || d < next {
+			next = max(d, time.Millisecond)
+		}
+	}
+	empty := map[string]time.Time{}
+	for _, m := range snap.Machines {
+		if m.Meta.Deleting {
+			continue
+		}
+		machines[m.Meta.Id] = m
+		if holds[m.Meta.Id] > 0 || m.ByUser {
+			continue
+		}
+		since, ok := c.trim.empty[m.Meta.Id]
+		if !ok {
+			since = now
+		}
+		empty[m.Meta.Id] = since
+		if left := c.opts.IdleStop - now.Sub(since); left > 0 {
+			later(left)
+		} else {
+			idle = append(idle, m.Meta.Id)
+		}
+	}
+	c.trim.empty = empty
+	plan, err := c.plan.state.Decide(planner.Question{Trim: &planner.Trim{Idle: idle, Shrink: true}})
+	if err != nil {
+		return 0, err
+	}
+	tx := c.store.Txn()
+	large := map[string]time.Time{}
+	for _, a := range plan.Actions {
+		m := machines[a.Machine]
+		if m == nil || m.Stopped {
+			continue
+		}
+		switch a.Kind {
+		case planner.Stop:
+			m = clone(m)
+			m.Meta.Deleting = true
+			m.Meta.Generation++
+			tx.Update(m)
+		case planner.Shrink:
+			if holds[m.Meta.Id] == 0 && !m.ByUser {
+				continue // it will stop soon
+			}
+			since, ok := c.trim.large[m.Meta.Id]
+			if !ok {
+				since = now
+			}
+			large[m.Meta.Id] = since
+			if left := c.opts.ShrinkDelay - now.Sub(since); left > 0 {
+				later(left)
+				continue
+			}
+			delete(large, m.Meta.Id)
+			m = clone(m)
+			m.Size = fromSize(a.To)
+			m.Meta.Generation++
+			tx.Update(m)
+		}
+	}
+	c.trim.large = large
+	_, err = tx.Commit(ctx)
+	return next, err
+}
