@@ -35,7 +35,7 @@ func parseSize(cpus, memory string) (*v1.Size, error) {
 		}
 	}
 	if memory != "" {
-		if s.MemoryBytes, err = resource.ParseBytes(memory); err != nil {
+		if s.MemoryBytes, err = resource.ParseMemory(memory); err != nil {
 			return nil, usageError("memory: %v", err)
 		}
 	}

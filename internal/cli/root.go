@@ -8,6 +8,8 @@ import (
 	"os"
 	"strings"
 
+	v1 "tandem/api/tandem/v1"
+
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -32,6 +34,8 @@ type Env struct {
 	Getenv func(string) string
 	// Version is what `tandem version` prints for the client.
 	Version string
+	// Doctor checks this computer itself; used when no server answers.
+	Doctor func(ctx context.Context) []*v1.Finding
 	// Extra commands that are not faces of the API: serve, agent, guest, ...
 	Extra []*cobra.Command
 }

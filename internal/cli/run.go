@@ -122,7 +122,7 @@ func (r *runFlags) spec(args []string) (*v1.ContainerSpec, error) {
 		if x.text == "" {
 			continue
 		}
-		if *x.to, err = resource.ParseBytes(x.text); err != nil {
+		if *x.to, err = resource.ParseMemory(x.text); err != nil {
 			return nil, usageError("--%s: %v", x.flag, err)
 		}
 	}
@@ -228,7 +228,7 @@ func (r *runFlags) lists(s *v1.ContainerSpec) error {
 		target, opt, _ := strings.Cut(t, ":")
 		m := &v1.Mount{Type: v1.Mount_TYPE_TMPFS, Target: target}
 		if size, ok := strings.CutPrefix(opt, "size="); ok {
-			if m.TmpfsSizeBytes, err = resource.ParseBytes(size); err != nil {
+			if m.TmpfsSizeBytes, err = resource.ParseMemory(size); err != nil {
 				return usageError("--tmpfs: %v", err)
 			}
 		} else if opt != "" {
@@ -419,7 +419,7 @@ func (a *app) update() *cobra.Command {
 				flag, text string
 				to         *int64
 				parse      func(string) (int64, error)
-			}{{"memory", memory, &rs.MemoryBytesLimit, resource.ParseBytes}, {"memory-reservation", reservation, &rs.MemoryBytesReservation, resource.ParseBytes}, {"cpus", cpus, &rs.CpuMilliLimit, resource.ParseCPU}} {
+			}{{"memory", memory, &rs.MemoryBytesLimit, resource.ParseMemory}, {"memory-reservation", reservation, &rs.MemoryBytesReservation, resource.ParseMemory}, {"cpus", cpus, &rs.CpuMilliLimit, resource.ParseCPU}} {
 				if x.text != "" {
 					if *x.to, err = x.parse(x.text); err != nil {
 						return usageError("--%s: %v", x.flag, err)

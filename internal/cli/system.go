@@ -11,6 +11,7 @@ import (
 	v1 "tandem/api/tandem/v1"
 
 	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 )
 
@@ -113,16 +114,20 @@ func (a *app) doctor() *cobra.Command {
 				return err
 			}
 			res, err := api.system.Doctor(cmd.Context(), connect.NewRequest(&v1.DoctorRequest{}))
+			if errdefs.IsUnavailable(err) && a.env.Doctor != nil {
+				fmt.Fprintf(a.env.Stderr, "%v: checking this computer instead.\n", err)
+				return printFindings(a.env, a.format, a.env.Doctor(cmd.Context()))
+			}
 			if err != nil {
 				return err
 			}
-			return PrintFindings(a.env, a.format, res.Msg.GetFindings())
+			return printFindings(a.env, a.format, res.Msg.GetFindings())
 		},
 	}
 }
 
-// PrintFindings shows a doctor's findings; an error among them gives exit code 1.
-func PrintFindings(env Env, format string, list []*v1.Finding) error {
+// printFindings shows a doctor's findings; an error among them gives exit code 1.
+func printFindings(env Env, format string, list []*v1.Finding) error {
 	a := &app{env: env, format: format}
 	bad := 0
 	for _, f := range list {

@@ -45,7 +45,7 @@ func (a *app) volume() *cobra.Command {
 		}
 		req := &v1.CreateVolumeRequest{Name: args[0], Project: project}
 		if size != "" {
-			if req.SizeBytes, err = resource.ParseBytes(size); err != nil {
+			if req.SizeBytes, err = resource.ParseMemory(size); err != nil {
 				return usageError("--size: %v", err)
 			}
 		}

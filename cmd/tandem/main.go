@@ -1,0 +1,34 @@
+// Command tandem is the user's command, the server, the host agent and the
+// metal monitor in one binary. What it does is in internal/; here it is wired.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/cli"
+	"tandem/internal/doctor"
+	"tandem/internal/hypervisor/kvmprobe"
+	"tandem/internal/runtime/initproc"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the build.
+var version = "dev"
+
+func main() {
+	kvmprobe.MaybeChild()
+	initproc.MaybeMain()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version,
+		Extra: []*cobra.Command{serveCommand(), agentCommand(), monitorCommand(), guestCommand(), resetCommand()},
+		Doctor: func(ctx context.Context) []*v1.Finding {
+			return doctor.Check(ctx, doctorOptions(&dirs{state: defaultStateDir}))
+		}}
+	os.Exit(cli.Run(ctx, env, os.Args[1:]))
+}
