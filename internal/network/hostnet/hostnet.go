@@ -1,0 +1,212 @@
+// Package hostnet is the network of a real Linux host: it makes the kernel what
+// a network.State says, by rtnetlink and nftables, without any other program.
+//
+//	h, err := hostnet.New(hostnet.Options{Logger: log})
+//	err = h.Apply(ctx, &state)   // again and again; cheap when nothing changed
+//	err = h.Close()              // the kernel's state stays: workloads go on
+//	err = h.Teardown(ctx)        // or: nothing of it is left
+//
+// What it makes, all of it recognisable by name:
+//
+//   - taps tdt<hash>, one per machine, with routes to the machine's prefixes;
+//     the veths tdv<hash> of metal containers are made by package endpoint;
+//   - 169.254.1.1/32 on lo, where the name server (package names) answers;
+//   - two nftables tables of the same name, Options.Table: family netdev filters
+//     what leaves a machine before anything else sees it, family inet separates
+//     networks, guards the host, and does NAT and published ports.
+//
+// The tables are replaced as a whole, atomically, by the first Apply of a
+// process and whenever another program touched the ruleset; otherwise only
+// elements that differ are sent. rules.go shows the ruleset.
+//
+// A Host belongs to the network namespace of the thread that called New; all
+// threads of the process must be in it.
+//
+// Errors belong to the classes of github.com/containerd/errdefs.
+package hostnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"regexp"
+	"strings"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"tandem/internal/network"
+	"tandem/internal/network/endpoint"
+	"tandem/internal/network/names"
+)
+
+var gateway = netip.MustParseAddr(network.Gateway)
+
+// Options of a host's network. The zero value is right for one Tandem per host.
+type Options struct {
+	// Table is the name of both nftables tables; "tandem" if empty. Instances that
+	// share a network namespace need different ones, and different prefixes.
+	Table string
+	// Prefix begins interface names; endpoint.DefaultPrefix if empty.
+	Prefix string
+	// TapOwner and TapGroup may open the taps without privilege.
+	TapOwner, TapGroup uint32
+	// MTU of taps whose networks name none; endpoint.DefaultMTU if zero.
+	MTU int
+	// NoNames leaves 169.254.1.1:53 alone.
+	NoNames bool
+	// ResolvConf lists the resolvers for all other names; "/etc/resolv.conf" if empty.
+	ResolvConf string
+	// Logger; slog.Default() if nil.
+	Logger *slog.Logger
+}
+
+// Host programs the network of this host. It implements network.Network. Calls
+// are serialised.
+type Host struct {
+	o   Options
+	log *slog.Logger
+	nl  *netlink.Handle
+
+	mu     sync.Mutex
+	nft    *tables
+	dns    *names.Server
+	closed bool
+}
+
+var _ network.Network = (*Host)(nil)
+
+var validTable = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
+
+// New prepares a host's network and changes nothing yet.
+func New(o Options) (*Host, error) {
+	if o.Table == "" {
+		o.Table = "tandem"
+	}
+	if o.Prefix == "" {
+		o.Prefix = endpoint.DefaultPrefix
+	}
+	if o.MTU == 0 {
+		o.MTU = endpoint.DefaultMTU
+	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	if !validTable.MatchString(o.Table) {
+		return nil, fmt.Errorf("nftables table name %q: must be %s: %w", o.Table, validTable, errdefs.ErrInvalidArgument)
+	}
+	if len(o.Prefix) > 4 || strings.Trim(o.Prefix, "abcdefghijklmnopqrstuvwxyz") != "" {
+		return nil, fmt.Errorf("interface prefix %q: must be 1 to 4 lower-case letters: %w", o.Prefix, errdefs.ErrInvalidArgument)
+	}
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
+	}
+	h := &Host{o: o, log: o.Logger, nl: nl, nft: newTables(o.Table, o.Prefix)}
+	h.dns = names.New(names.Options{
+		Listen:     netip.AddrPortFrom(gateway, 53).String(),
+		ResolvConf: o.ResolvConf,
+		Logger:     o.Logger,
+	})
+	return h, nil
+}
+
+// TapName implements network.Network.
+func (h *Host) TapName(machineID string) string { return endpoint.Name(h.o.Prefix, 't', machineID) }
+
+// VethName implements network.Network.
+func (h *Host) VethName(containerID string) string {
+	return endpoint.Name(h.o.Prefix, 'v', containerID)
+}
+
+// Apply implements network.Network. What is invalid in s (but for single
+// published ports) is InvalidArgument, and nothing changes. Published ports that
+// can't be had, and a name server that can't listen, are reported after all else
+// is done: the caller shows the error and applies again later.
+func (h *Host) Apply(ctx context.Context, s *network.State) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return fmt.Errorf("the host's network is closed: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	w, portErr, err := h.parse(s)
+	if err != nil {
+		return fmt.Errorf("network state: %w", err)
+	}
+	if err := h.base(); err != nil {
+		return err
+	}
+	links, err := h.ensureTaps(w)
+	if err != nil {
+		return err
+	}
+	busy := h.nft.dropBusy(w)
+	gone, err := h.nft.apply(w, links)
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	if err := h.route(w, links); err != nil {
+		return err
+	}
+	if err := h.removeStale(w, links); err != nil {
+		return err
+	}
+	if err := h.forget(w, gone); err != nil {
+		h.log.Warn("connection tracking was not cleaned: old connections may hang until they time out", "error", err)
+	}
+	return errors.Join(portErr, busy, h.serveNames(w))
+}
+
+func (h *Host) serveNames(w *wanted) error {
+	if h.o.NoNames {
+		return nil
+	}
+	h.dns.Set(w.view)
+	if err := h.dns.Start(); err != nil {
+		return fmt.Errorf("name server on %s, port 53 (is another program listening there?): %w", gateway, err)
+	}
+	return nil
+}
+
+// Close implements network.Network.
+func (h *Host) Close() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return nil
+	}
+	h.closed = true
+	err := h.dns.Close()
+	h.nl.Close()
+	return err
+}
+
+// Teardown implements network.Network. Settings of the kernel as a whole
+// (ip_forward) stay: others may rely on them by now.
+func (h *Host) Teardown(ctx context.Context) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return fmt.Errorf("the host's network is closed: %w", errdefs.ErrFailedPrecondition)
+	}
+	errs := []error{h.dns.Close()}
+	// Links first: a link without its filter must never be up.
+	errs = append(errs, h.removeLinks())
+	if err := h.nft.remove(); err != nil {
+		errs = append(errs, fmt.Errorf("nftables: %w", err))
+	}
+	errs = append(errs, h.removeGateway())
+	h.dns = names.New(names.Options{
+		Listen:     netip.AddrPortFrom(gateway, 53).String(),
+		ResolvConf: h.o.ResolvConf,
+		Logger:     h.log,
+	})
+	return errors.Join(errs...)
+}
