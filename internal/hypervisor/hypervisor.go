@@ -64,6 +64,9 @@ type StartOptions struct {
 	// can't (gone, other ceiling, other accelerator) fails with NotFound or
 	// FailedPrecondition; the caller then boots cold.
 	Template string
+	// ForTemplate starts a machine that SaveTemplate can save: its memory lies in
+	// a file from the start, and nothing can be attached to it.
+	ForTemplate bool
 }
 
 // StopOptions say how a machine stops.
