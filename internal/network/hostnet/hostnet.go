@@ -106,7 +106,7 @@ func New(o Options) (*Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
-	h := &Host{o: o, log: o.Logger, nl: nl, nft: newTables(o.Table, o.Prefix)}
+	h := &Host{o: o, log: o.Logger, nl: nl, nft: newTables(o.Table, o.Prefix, o.Logger)}
 	h.dns = names.New(names.Options{
 		Listen:     netip.AddrPortFrom(gateway, 53).String(),
 		ResolvConf: o.ResolvConf,

@@ -31,11 +31,11 @@ import (
 //	  chain separate {
 //	    ct state invalid drop;  ct state established,related accept
 //	    ip saddr . ip daddr @pairs accept               # own and allowed networks
-//	    iifname ours ip saddr @internal reject          # no way out
+//	    iifname ours ip saddr . internal @nets reject  # no way out
 //	    ct status dnat accept                           # published ports
 //	    oifname ours iifname ours reject;  oifname ours drop
-//	    ip daddr @nets reject                           # nobody has that address
-//	    ip saddr @egress accept;  reject }
+//	    ip daddr . any @nets reject                     # nobody has that address
+//	    ip saddr . egress @nets accept;  reject }
 //	  chain input    { type filter hook input priority filter;  iifname ours jump host }
 //	  chain host {
 //	    ct state established,related accept
@@ -48,9 +48,9 @@ import (
 //	  chain n_3      { dnat ip to numgen random mod 3 . meta l4proto . th dport map @be }
 //	  chain m_3      { dnat ip to numgen random mod 3 . ip daddr . meta l4proto . th dport map @beip }
 //	  chain post     { type nat hook postrouting priority srcnat;
-//	    oifname ours ct status dnat ip saddr @nets snat to 169.254.1.1       # hairpin
+//	    oifname ours ct status dnat ip saddr . any @nets snat to 169.254.1.1 # hairpin
 //	    oifname ours ct status dnat ip saddr 127.0.0.0/8 snat to 169.254.1.1
-//	    oifname != ours ip saddr @egress ip daddr != @nets masquerade }
+//	    oifname != ours ip saddr . egress @nets ip daddr . any != @nets masquerade }
 //	}
 
 // First registers of 4 and of 16 bytes.
@@ -119,8 +119,13 @@ func in(s *nftables.Set, reg uint32, invert bool) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: reg, SetName: s.Name, SetID: s.ID, Invert: invert}
 }
 
-func ipIn(off uint32, s *nftables.Set, invert bool) []expr.Any {
-	return []expr.Any{load(expr.PayloadBaseNetworkHeader, off, 4, r16), in(s, r16, invert)}
+// ipIn matches addresses in (or, inverted, outside) our networks of a kind.
+func (t *tables) ipIn(off uint32, k uint32, invert bool) []expr.Any {
+	return []expr.Any{
+		load(expr.PayloadBaseNetworkHeader, off, 4, r4),
+		&expr.Immediate{Register: r4 + 1, Data: kind(k)},
+		in(t.nets, r4, invert),
+	}
 }
 
 func ctBits(k expr.CtKey, bits uint32) []expr.Any {
@@ -225,7 +230,7 @@ func (t *tables) separateRules() []rule {
 		}, accept),
 	}
 	out = append(out, t.both(func(p string) rule {
-		return rules(iifPrefix(p), ipIn(offSaddr, t.internal, false), reject())
+		return rules(iifPrefix(p), t.ipIn(offSaddr, internalNet, false), reject())
 	})...)
 	out = append(out, rules(dnatted(), accept))
 	for _, o := range []string{t.tapPrefix, t.vethPrefix} {
@@ -233,8 +238,8 @@ func (t *tables) separateRules() []rule {
 		out = append(out, rules(oifPrefix(o), drop))
 	}
 	return append(out,
-		rules(ipIn(offDaddr, t.nets, false), reject()),
-		rules(ipIn(offSaddr, t.egress, false), accept),
+		rules(t.ipIn(offDaddr, anyNet, false), reject()),
+		rules(t.ipIn(offSaddr, egressNet, false), accept),
 		rules(reject()),
 	)
 }
@@ -302,11 +307,11 @@ func (t *tables) pickRule(n int, anyAddr bool) rule {
 
 func (t *tables) postRules() []rule {
 	out := t.both(func(p string) rule {
-		return rules(ipv4(), oifPrefix(p), dnatted(), ipIn(offSaddr, t.nets, false), snatToGateway())
+		return rules(ipv4(), oifPrefix(p), dnatted(), t.ipIn(offSaddr, anyNet, false), snatToGateway())
 	})
 	out = append(out, t.both(func(p string) rule {
 		return rules(ipv4(), oifPrefix(p), dnatted(), loopback(offSaddr, expr.CmpOpEq), snatToGateway())
 	})...)
 	return append(out, rules(ipv4(), oifNot(t.tapPrefix), oifNot(t.vethPrefix),
-		ipIn(offSaddr, t.egress, false), ipIn(offDaddr, t.nets, true), []expr.Any{&expr.Masq{}}))
+		t.ipIn(offSaddr, egressNet, false), t.ipIn(offDaddr, anyNet, true), []expr.Any{&expr.Masq{}}))
 }

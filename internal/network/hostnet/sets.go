@@ -14,16 +14,10 @@ import (
 	"tandem/internal/network/endpoint"
 )
 
-// elements of one set, by key (and, in sets of intervals, the end's flag).
+// elements of one set, by key.
 type elements map[string]nftables.SetElement
 
-func (e elements) put(x nftables.SetElement) {
-	k := string(x.Key)
-	if x.IntervalEnd {
-		k += "\xff"
-	}
-	e[k] = x
-}
+func (e elements) put(x nftables.SetElement) { e[string(x.Key)] = x }
 
 // diff is what must go and what must come.
 func (e elements) diff(next elements) (gone, fresh elements) {
@@ -91,20 +85,31 @@ func (t *tables) elements(w *wanted) map[*nftables.Set]elements {
 		})
 	}
 	for _, n := range w.nets {
-		out[t.nets].putPrefix(n.cidr)
+		out[t.nets].putNet(n.cidr, anyNet)
 		if n.internal {
-			out[t.internal].putPrefix(n.cidr)
+			out[t.nets].putNet(n.cidr, internalNet)
 		} else {
-			out[t.egress].putPrefix(n.cidr)
+			out[t.nets].putNet(n.cidr, egressNet)
 		}
 	}
 	return out
 }
 
-// putPrefix puts a half-open interval.
-func (e elements) putPrefix(p netip.Prefix) {
-	e.put(nftables.SetElement{Key: p.Addr().AsSlice()})
-	e.put(nftables.SetElement{Key: last(p).Next().AsSlice(), IntervalEnd: true})
+// Kinds of networks. The kind is a field of the set's key, because sets of ranges
+// of a single field depend on the order in which elements come and go.
+const (
+	anyNet = iota
+	internalNet
+	egressNet
+)
+
+func kind(k uint32) []byte { return binaryutil.NativeEndian.PutUint32(k) }
+
+func (e elements) putNet(p netip.Prefix, k uint32) {
+	e.put(nftables.SetElement{
+		Key:    cat(p.Addr().AsSlice(), kind(k)),
+		KeyEnd: cat(last(p).AsSlice(), kind(k)),
+	})
 }
 
 // serviceElements collects the elements of the four maps of services.

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -27,11 +29,12 @@ const (
 type tables struct {
 	netdev, inet          *nftables.Table
 	tapPrefix, vethPrefix string
+	log                   *slog.Logger
 
-	src, mac                            *nftables.Set // netdev
-	veth, pairs, nets, internal, egress *nftables.Set
-	svc, svcIP, be, beIP                *nftables.Set
-	cur                                 *kernel // nil: not known; replace all
+	src, mac             *nftables.Set // netdev
+	veth, pairs, nets    *nftables.Set
+	svc, svcIP, be, beIP *nftables.Set
+	cur                  *kernel // nil: not known; replace all
 }
 
 // kernel is what the last successful transaction left there.
@@ -43,12 +46,13 @@ type kernel struct {
 	chains   map[string]bool // n_3, m_1
 }
 
-func newTables(name, prefix string) *tables {
+func newTables(name, prefix string, log *slog.Logger) *tables {
 	t := &tables{
 		netdev:     &nftables.Table{Name: name, Family: nftables.TableFamilyNetdev},
 		inet:       &nftables.Table{Name: name, Family: nftables.TableFamilyINet},
 		tapPrefix:  prefix + "t",
 		vethPrefix: prefix + "v",
+		log:        log,
 	}
 	id := uint32(0)
 	set := func(tab *nftables.Table, name string, s nftables.Set, key ...nftables.SetDatatype) *nftables.Set {
@@ -69,9 +73,7 @@ func newTables(name, prefix string) *tables {
 	t.mac = set(t.netdev, "mac", plain, ifname, mac)
 	t.veth = set(t.inet, "veth", plain, ifname, mac, ip)
 	t.pairs = set(t.inet, "pairs", interval, ip, ip)
-	t.nets = set(t.inet, "nets", interval, ip)
-	t.internal = set(t.inet, "internal", interval, ip)
-	t.egress = set(t.inet, "egress", interval, ip)
+	t.nets = set(t.inet, "nets", interval, ip, mark)
 	t.svc = set(t.inet, "svc", verdicts, proto, port)
 	t.svcIP = set(t.inet, "svcip", verdicts, ip, proto, port)
 	t.be = set(t.inet, "be", targets, mark, proto, port)
@@ -81,7 +83,7 @@ func newTables(name, prefix string) *tables {
 
 // sets that hold other things than services.
 func (t *tables) sets() []*nftables.Set {
-	return []*nftables.Set{t.src, t.mac, t.veth, t.pairs, t.nets, t.internal, t.egress}
+	return []*nftables.Set{t.src, t.mac, t.veth, t.pairs, t.nets}
 }
 
 // sweep says which connections may be stale after a change.
@@ -111,6 +113,8 @@ func (t *tables) apply(w *wanted, ls links) (sweep, error) {
 			return s, nil
 		}
 		// The kernel is not what we believed. All of it, then.
+		t.log.Warn("nftables: a change failed; replacing the tables", "table", t.inet.Name, "error", err)
+		next.chains = map[string]bool{}
 	}
 	return t.replace(next, gen)
 }
@@ -197,7 +201,7 @@ func (t *tables) update(next *kernel, gen uint32) (sweep, error) {
 			continue
 		}
 		changed = true
-		if set == t.pairs && len(gone) > 0 || set == t.internal {
+		if len(gone) > 0 && (set == t.pairs || set == t.nets) {
 			s.all = true
 		}
 		if err := del(c, set, gone); err != nil {
@@ -219,7 +223,7 @@ func (t *tables) update(next *kernel, gen uint32) (sweep, error) {
 			t.addTapChain(c, name)
 		}
 	}
-	next.chains = cur.chains // they stay until the next replacement
+	next.chains = maps.Clone(cur.chains) // they stay until the next replacement
 	old, fresh := t.serviceElements(), t.serviceElements()
 	for k, was := range cur.services {
 		if is := next.services[k]; !slices.Equal(was, is) {
