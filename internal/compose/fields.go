@@ -194,6 +194,8 @@ var fields = []field{
 
 	{"configs", taken, ""},
 	{"configs.*", taken, "file, environment, content"},
+	{"configs.*.driver", refused, "configs come from file, environment or content"},
+	{"configs.*.driver_opts", refused, "configs come from file, environment or content"},
 	{"configs.*.external", taken, "false only: there is no store of configs yet"},
 	{"configs.*.labels", harmless, "configs are files of their containers"},
 	{"configs.*.name", harmless, "configs are files of their containers"},
