@@ -95,9 +95,10 @@ func Serve(ctx context.Context, o Options) error {
 	s := &server{o: o, cg: cg, log: o.Logger, ctrs: map[string]*container{}, watchers: map[chan Status]bool{}}
 	s.adopt()
 	_ = os.Remove(o.Socket)
-	old := unix.Umask(0o177)
 	l, err := net.Listen("unix", o.Socket)
-	unix.Umask(old)
+	if err == nil {
+		err = os.Chmod(o.Socket, 0o600)
+	}
 	if err != nil {
 		return fmt.Errorf("monitor: listen on %s: %w", o.Socket, err)
 	}
@@ -131,6 +132,9 @@ func (s *server) serve(ctx context.Context, c *conn) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
+	if !trusted(c.Conn) {
+		return
+	}
 	_ = c.SetReadDeadline(time.Now().Add(30 * time.Second))
 	kind, p, err := c.recv(nil)
 	if err != nil || kind != frameJSON {
@@ -171,6 +175,24 @@ func (s *server) serve(ctx context.Context, c *conn) {
 	default:
 		_ = c.sendJSON(failure(fmt.Errorf("monitor: unknown request; is the monitor older than the agent?: %w", errdefs.ErrInvalidArgument)))
 	}
+}
+
+// trusted is true for processes of root or of the monitor's own user.
+func trusted(c net.Conn) bool {
+	uc, ok := c.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	rc, err := uc.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := rc.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cerr != nil {
+		return false
+	}
+	return cred.Uid == 0 || int(cred.Uid) == os.Geteuid()
 }
 
 // container finds or makes the entry of an id.
