@@ -20,6 +20,10 @@ type Store interface {
 	// Ensure makes the disk if it is not there; a larger size grows it (offline),
 	// a smaller one is InvalidArgument.
 	Ensure(ctx context.Context, id string, sizeBytes int64) (Volume, error)
+	// EnsureScratch is Ensure for a disk that is worth nothing once its machine
+	// stops: without a journal, copied from a template, never flushed. The first of
+	// a size makes the template; each further one takes milliseconds.
+	EnsureScratch(ctx context.Context, id string, sizeBytes int64) (Volume, error)
 	Get(ctx context.Context, id string) (Volume, error)
 	List(ctx context.Context) ([]Volume, error)
 	// Remove deletes the disk; FailedPrecondition while Use holds it.
