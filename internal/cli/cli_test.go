@@ -23,15 +23,11 @@ import (
 
 // fakeServer answers with what a small cluster would.
 type fakeServer struct {
-	tandemv1connect.UnimplementedContainerServiceHandler
-	tandemv1connect.UnimplementedMachineServiceHandler
-	tandemv1connect.UnimplementedSystemServiceHandler
-	tandemv1connect.UnimplementedProjectServiceHandler
 	created *v1.CreateContainerRequest
 	execed  *v1.ExecSpec
 }
 
-func (f *fakeServer) ListContainers() []*v1.Container {
+func (f *fakeServer) list() []*v1.Container {
 	return []*v1.Container{{
 		Meta: &v1.Meta{Id: "c-1", Project: "shop", Name: "shop-web-1"}, Service: "web",
 		Spec:       &v1.ContainerSpec{Image: "httpd", Files: []*v1.File{{Target: "/run/secrets/x", Content: []byte("hidden"), Secret: true}}},
@@ -43,17 +39,20 @@ func (f *fakeServer) ListContainers() []*v1.Container {
 	}}
 }
 
-type containers struct{ *fakeServer }
+type containers struct {
+	tandemv1connect.UnimplementedContainerServiceHandler
+	*fakeServer
+}
 
 func (f containers) List(context.Context, *connect.Request[v1.ListContainersRequest]) (*connect.Response[v1.ListContainersResponse], error) {
-	return connect.NewResponse(&v1.ListContainersResponse{Containers: f.ListContainers()}), nil
+	return connect.NewResponse(&v1.ListContainersResponse{Containers: f.list()}), nil
 }
 
 func (f containers) Inspect(_ context.Context, r *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.Container], error) {
 	if r.Msg.Container != "shop-web-1" {
 		return nil, connect.NewError(connect.CodeNotFound, errdefs.ErrNotFound.WithMessage("no container "+r.Msg.Container))
 	}
-	return connect.NewResponse(f.ListContainers()[0]), nil
+	return connect.NewResponse(f.list()[0]), nil
 }
 
 func (f containers) Create(_ context.Context, r *connect.Request[v1.CreateContainerRequest]) (*connect.Response[v1.Container], error) {
@@ -88,7 +87,9 @@ func (f containers) Exec(_ context.Context, st *connect.BidiStream[v1.StreamInpu
 	}
 }
 
-type machines struct{ *fakeServer }
+type machines struct {
+	tandemv1connect.UnimplementedMachineServiceHandler
+}
 
 func (machines) List(context.Context, *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error) {
 	return connect.NewResponse(&v1.ListMachinesResponse{Machines: []*v1.Machine{{
@@ -97,7 +98,9 @@ func (machines) List(context.Context, *connect.Request[v1.ListMachinesRequest]) 
 	}}}), nil
 }
 
-type system struct{ *fakeServer }
+type system struct {
+	tandemv1connect.UnimplementedSystemServiceHandler
+}
 
 func (system) Hosts(context.Context, *connect.Request[v1.ListHostsRequest]) (*connect.Response[v1.ListHostsResponse], error) {
 	return connect.NewResponse(&v1.ListHostsResponse{Hosts: []*v1.Host{{Meta: &v1.Meta{Id: "h-1", Name: "alpha"}, Connected: true,
@@ -117,10 +120,10 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 	}
 	socket := filepath.Join(dir, "s")
 	mux := http.NewServeMux()
-	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{f}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{f}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{f}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewProjectServiceHandler(f, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{fakeServer: f}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewProjectServiceHandler(tandemv1connect.UnimplementedProjectServiceHandler{}, rpc.HandlerOptions()...))
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +164,7 @@ func TestJSONIsAnArrayInSnakeCaseWithoutSecrets(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &list); err != nil || len(list) != 2 {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if _, ok := list[0]["assignment"].(map[string]any)["machine_id"]; !ok {
+	if _, ok := list[1]["assignment"].(map[string]any)["machine_id"]; !ok {
 		t.Errorf("no machine_id: %s", out)
 	}
 	if strings.Contains(out, "aGlkZGVu") { // base64 of the secret

@@ -89,6 +89,17 @@ and says why.
   tandem ps                    what runs, and where
   tandem explain shop-web-1    why it runs there
   tandem doctor                what this host can do`,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return c.Help()
+			}
+			text := fmt.Sprintf("no command %q", args[0])
+			if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+				text += "; did you mean " + strings.Join(near, " or ") + "?"
+			}
+			return usageError("%s\nTry 'tandem --help'.", text)
+		},
+		Args:          cobra.ArbitraryArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		CompletionOptions: cobra.CompletionOptions{
@@ -182,21 +193,19 @@ func Run(ctx context.Context, env Env, args []string) int {
 		fmt.Fprintln(env.Stderr, "tandem: interrupted; what was asked for goes on in the background where it had begun")
 		return 130
 	}
-	fmt.Fprintln(env.Stderr, "tandem: "+explainError(err, root))
-	if strings.HasPrefix(err.Error(), "unknown command") || strings.Contains(err.Error(), "arg(s)") {
+	fmt.Fprintln(env.Stderr, "tandem: "+explainError(err))
+	if strings.Contains(err.Error(), "arg(s)") {
 		return ExitUsage
 	}
 	return ExitFailed
 }
 
 // explainError adds the next step where the class of an error tells it.
-func explainError(err error, root *cobra.Command) string {
+func explainError(err error) string {
 	msg := err.Error()
 	switch {
 	case errdefs.IsUnavailable(err) && strings.Contains(msg, "connect:"):
 		return msg + "\nIs the server running? Start it with: sudo tandem serve"
-	case strings.HasPrefix(msg, "unknown command"):
-		return msg + "\nTry 'tandem --help'."
 	case errdefs.IsPermissionDenied(err) && strings.Contains(msg, "connect:"):
 		return msg + "\nThe server's socket belongs to root; use sudo, or ask to be put in its group."
 	}
