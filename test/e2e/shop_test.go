@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"tandem/test/host"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -43,7 +45,7 @@ volumes:
   pages: {}
 `
 
-func inMachine(c container) error {
+func inMachine(c host.Container) error {
 	if c.Status.State != "CONTAINER_STATE_RUNNING" {
 		return fmt.Errorf("%s is %s: %s", c.Meta.Name, c.Status.State, c.Status.Message)
 	}
@@ -53,77 +55,77 @@ func inMachine(c container) error {
 // TestShop is the first promise: a Compose file becomes services in one machine,
 // reachable by a published port; changing nothing changes nothing; data stays.
 func TestShop(t *testing.T) {
-	h := newHost(t)
-	h.launch()
-	h.images()
+	h := host.New(t)
+	h.Launch()
+	h.Images()
 	// The page that api serves lies in the image, so that the volume is filled from it.
-	h.importTree("busybox:latest", func(root string) {
-		busyboxTree(t, root)
-		write(t, root, "data/index.html", "from the volume\n")
+	h.ImportTree("busybox:latest", func(root string) {
+		host.BusyboxTree(t, root)
+		host.Write(t, root, "data/index.html", "from the volume\n")
 	}, `CMD ["sh"]`, "ENV PATH=/bin")
-	f := h.compose("shop", shop)
+	f := h.Compose("shop", shop)
 
-	plan := h.tandem("up", "-f", f, "--plan")
+	plan := h.Tandem("up", "-f", f, "--plan")
 	if !strings.Contains(plan, "shop-web-1") || !strings.Contains(plan, "because") {
 		t.Errorf("the plan names no container or no reason:\n%s", plan)
 	}
-	if all, _ := h.containers(); len(all) != 0 {
+	if all, _ := h.Containers(); len(all) != 0 {
 		t.Errorf("--plan made containers: %v", all)
 	}
-	h.tandem("up", "-f", f)
-	web, api := h.container("shop-web-1"), h.container("shop-api-1")
+	h.Tandem("up", "-f", f)
+	web, api := h.Container("shop-web-1"), h.Container("shop-api-1")
 	if web.Assignment.MachineID == "" || web.Assignment.MachineID != api.Assignment.MachineID {
 		t.Errorf("web runs in %q, api in %q; want one machine", web.Assignment.MachineID, api.Assignment.MachineID)
 	}
-	h.eventually(time.Minute, "the page", func() error {
-		page, err := h.curl("http://127.0.0.1:8080/index.html")
+	h.Eventually(time.Minute, "the page", func() error {
+		page, err := h.Curl("http://127.0.0.1:8080/index.html")
 		if err == nil && page != "from the volume\n" {
 			err = fmt.Errorf("got %q", page)
 		}
 		return err
 	})
-	if out := h.tandem("logs", "-p", "shop", "seed"); !strings.Contains(out, "seeded") {
+	if out := h.Tandem("logs", "-p", "shop", "seed"); !strings.Contains(out, "seeded") {
 		t.Errorf("logs of seed: %q", out)
 	}
-	if out := h.tandem("explain", "-p", "shop", "shop-web-1"); len(strings.TrimSpace(out)) < 20 {
+	if out := h.Tandem("explain", "-p", "shop", "shop-web-1"); len(strings.TrimSpace(out)) < 20 {
 		t.Errorf("explain: %q", out)
 	}
-	if out := h.tandem("exec", "-p", "shop", "api", "sh", "-c", "echo changed > /data/index.html; id -u"); strings.TrimSpace(out) != "0" {
+	if out := h.Tandem("exec", "-p", "shop", "api", "sh", "-c", "echo changed > /data/index.html; id -u"); strings.TrimSpace(out) != "0" {
 		t.Errorf("exec: %q", out)
 	}
 
 	t.Run("up again changes nothing", func(t *testing.T) {
-		before := h.container("shop-web-1")
-		h.tandem("up", "-f", f)
-		if after := h.container("shop-web-1"); after.Meta.ID != before.Meta.ID || after.Status.StartedAt != before.Status.StartedAt {
+		before := h.Container("shop-web-1")
+		h.Tandem("up", "-f", f)
+		if after := h.Container("shop-web-1"); after.Meta.ID != before.Meta.ID || after.Status.StartedAt != before.Status.StartedAt {
 			t.Errorf("web was replaced or restarted: %v, %v", before, after)
 		}
 	})
 	t.Run("killing the server stops nothing", func(t *testing.T) {
-		before := h.container("shop-api-1")
-		h.kill9()
-		if page, err := h.curl("http://127.0.0.1:8080/index.html"); err != nil || page != "changed\n" {
+		before := h.Container("shop-api-1")
+		h.Kill9()
+		if page, err := h.Curl("http://127.0.0.1:8080/index.html"); err != nil || page != "changed\n" {
 			t.Errorf("while the server is away: %q, %v", page, err)
 		}
-		h.launch()
-		h.eventually(time.Minute, "containers are known again", func() error { return inMachine(h.container("shop-api-1")) })
-		if after := h.container("shop-api-1"); after.Status.StartedAt != before.Status.StartedAt {
+		h.Launch()
+		h.Eventually(time.Minute, "containers are known again", func() error { return inMachine(h.Container("shop-api-1")) })
+		if after := h.Container("shop-api-1"); after.Status.StartedAt != before.Status.StartedAt {
 			t.Errorf("api was restarted: %v, %v", before.Status, after.Status)
 		}
-		if out := h.tandem("logs", "-p", "shop", "seed"); !strings.Contains(out, "seeded") {
+		if out := h.Tandem("logs", "-p", "shop", "seed"); !strings.Contains(out, "seeded") {
 			t.Errorf("logs after the restart: %q", out)
 		}
 	})
 	t.Run("a crashed machine comes back with its containers", func(t *testing.T) {
-		q := h.find("qemu-system", "-name")
+		q := h.Find("qemu-system", "-name")
 		if len(q) == 0 {
 			t.Fatal("no QEMU process found")
 		}
 		for _, p := range q {
 			unix.Kill(p, unix.SIGKILL)
 		}
-		h.eventually(3*time.Minute, "the page after a crash", func() error {
-			page, err := h.curl("http://127.0.0.1:8080/index.html")
+		h.Eventually(3*time.Minute, "the page after a crash", func() error {
+			page, err := h.Curl("http://127.0.0.1:8080/index.html")
 			if err == nil && page != "changed\n" {
 				err = fmt.Errorf("got %q: the volume's data is lost", page)
 			}
@@ -131,23 +133,23 @@ func TestShop(t *testing.T) {
 		})
 	})
 	t.Run("down removes all but the volume", func(t *testing.T) {
-		h.tandem("down", "-p", "shop")
-		if all, err := h.containers(); err != nil || len(all) != 0 {
+		h.Tandem("down", "-p", "shop")
+		if all, err := h.Containers(); err != nil || len(all) != 0 {
 			t.Errorf("containers after down: %v, %v", all, err)
 		}
-		if out := h.tandem("volume", "ls"); !strings.Contains(out, "pages") {
+		if out := h.Tandem("volume", "ls"); !strings.Contains(out, "pages") {
 			t.Errorf("the volume went with down: %s", out)
 		}
-		h.tandem("up", "-f", f)
-		h.eventually(time.Minute, "the page after down and up", func() error {
-			page, err := h.curl("http://127.0.0.1:8080/index.html")
+		h.Tandem("up", "-f", f)
+		h.Eventually(time.Minute, "the page after down and up", func() error {
+			page, err := h.Curl("http://127.0.0.1:8080/index.html")
 			if err == nil && page != "changed\n" {
 				err = fmt.Errorf("got %q", page)
 			}
 			return err
 		})
-		h.tandem("down", "-p", "shop", "-v")
-		if out := h.tandem("volume", "ls"); strings.Contains(out, "pages") {
+		h.Tandem("down", "-p", "shop", "-v")
+		if out := h.Tandem("volume", "ls"); strings.Contains(out, "pages") {
 			t.Errorf("down -v left the volume: %s", out)
 		}
 	})
@@ -155,11 +157,11 @@ func TestShop(t *testing.T) {
 
 // TestRun is docker run: exit codes, output, limits, metal, and refusals.
 func TestRun(t *testing.T) {
-	h := newHost(t)
-	h.launch()
-	h.images()
+	h := host.New(t)
+	h.Launch()
+	h.Images()
 	t.Run("exit code and output", func(t *testing.T) {
-		out, err := h.try("run", "--rm", "busybox", "sh", "-c", "echo out; echo err >&2; exit 7")
+		out, err := h.Try("run", "--rm", "busybox", "sh", "-c", "echo out; echo err >&2; exit 7")
 		if out != "out\n" {
 			t.Errorf("standard output: %q", out)
 		}
@@ -168,13 +170,13 @@ func TestRun(t *testing.T) {
 		}
 	})
 	t.Run("standard input", func(t *testing.T) {
-		out, err := h.tryFor(2*time.Minute, "hello\n", "run", "--rm", "-i", "busybox", "cat")
+		out, err := h.TryFor(2*time.Minute, "hello\n", "run", "--rm", "-i", "busybox", "cat")
 		if err != nil || out != "hello\n" {
 			t.Errorf("%q, %v", out, err)
 		}
 	})
 	t.Run("metal", func(t *testing.T) {
-		out, err := h.try("run", "--rm", "--isolation", "metal", "busybox", "uname", "-r")
+		out, err := h.Try("run", "--rm", "--isolation", "metal", "busybox", "uname", "-r")
 		var uts unix.Utsname
 		unix.Uname(&uts)
 		if want := unix.ByteSliceToString(uts.Release[:]); err != nil || strings.TrimSpace(out) != want {
@@ -182,29 +184,29 @@ func TestRun(t *testing.T) {
 		}
 	})
 	t.Run("memory limit", func(t *testing.T) {
-		_, err := h.try("run", "--name", "greedy", "-m", "32m", "busybox", "sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; tail -c 50m /dev/zero | tail >/dev/null")
+		_, err := h.Try("run", "--name", "greedy", "-m", "32m", "busybox", "sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; tail -c 50m /dev/zero | tail >/dev/null")
 		if err == nil {
 			t.Error("a container used more memory than its limit")
 		}
-		h.tandem("rm", "-f", "greedy")
+		h.Tandem("rm", "-f", "greedy")
 	})
 	t.Run("exits while the agent is away", func(t *testing.T) {
-		h.tandem("run", "-d", "--name", "brief", "busybox", "sh", "-c", "sleep 3; echo done; exit 5")
-		h.eventually(time.Minute, "brief runs", func() error { return inMachine(h.container("brief")) })
-		h.kill9()
+		h.Tandem("run", "-d", "--name", "brief", "busybox", "sh", "-c", "sleep 3; echo done; exit 5")
+		h.Eventually(time.Minute, "brief runs", func() error { return inMachine(h.Container("brief")) })
+		h.Kill9()
 		time.Sleep(4 * time.Second) // the container's own time, not a wait for us
-		h.launch()
-		h.eventually(time.Minute, "its exit code", func() error {
-			c := h.container("brief")
+		h.Launch()
+		h.Eventually(time.Minute, "its exit code", func() error {
+			c := h.Container("brief")
 			if c.Status.State != "CONTAINER_STATE_EXITED" || c.Status.ExitCode != 5 {
 				return fmt.Errorf("%+v", c.Status)
 			}
 			return nil
 		})
-		if out := h.tandem("logs", "brief"); out != "done\n" {
+		if out := h.Tandem("logs", "brief"); out != "done\n" {
 			t.Errorf("logs: %q", out)
 		}
-		h.tandem("rm", "brief")
+		h.Tandem("rm", "brief")
 	})
 	t.Run("refusals name the reason", func(t *testing.T) {
 		for _, c := range []struct{ want, in string }{
@@ -212,12 +214,12 @@ func TestRun(t *testing.T) {
 			{"not yet", "services: {a: {build: .}}"},
 			{"a", "services: {a: {image: busybox, isolation: hyperv}}"},
 		} {
-			f := h.compose("bad", "name: bad\n"+c.in+"\n")
-			if _, err := h.try("up", "-f", f); err == nil || !strings.Contains(err.Error(), c.want) {
+			f := h.Compose("bad", "name: bad\n"+c.in+"\n")
+			if _, err := h.Try("up", "-f", f); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%s: got %v, want a refusal with %q", c.in, err, c.want)
 			}
 		}
-		if _, err := h.try("run", "--rm", "--pull", "never", "no-such-image"); err == nil || !strings.Contains(err.Error(), "no-such-image") {
+		if _, err := h.Try("run", "--rm", "--pull", "never", "no-such-image"); err == nil || !strings.Contains(err.Error(), "no-such-image") {
 			t.Errorf("an unknown image: %v", err)
 		}
 	})
@@ -225,23 +227,23 @@ func TestRun(t *testing.T) {
 
 // TestProjectsAreApart: two projects share no machine and can't reach each other.
 func TestProjectsAreApart(t *testing.T) {
-	h := newHost(t)
-	h.launch()
-	h.images()
+	h := host.New(t)
+	h.Launch()
+	h.Images()
 	text := "services:\n  a: {image: 'httpd:latest'}\n  b: {image: 'busybox:latest', command: [sleep, '100000'], stop_grace_period: 1s}\n"
 	for _, p := range []string{"red", "blue"} {
-		h.tandem("up", "-f", h.compose(p, "name: "+p+"\n"+text))
+		h.Tandem("up", "-f", h.Compose(p, "name: "+p+"\n"+text))
 	}
-	red, blue := h.container("red-a-1"), h.container("blue-b-1")
+	red, blue := h.Container("red-a-1"), h.Container("blue-b-1")
 	if red.Assignment.MachineID == blue.Assignment.MachineID {
 		t.Error("two projects share a machine")
 	}
 	get := func(project, target string) error {
-		_, err := h.tryFor(2*time.Minute, "", "exec", "-p", project, "b", "wget", "-q", "-T", "5", "-O", "-", "http://"+target+"/")
+		_, err := h.TryFor(2*time.Minute, "", "exec", "-p", project, "b", "wget", "-q", "-T", "5", "-O", "-", "http://"+target+"/")
 		return err
 	}
-	h.eventually(time.Minute, "red reaches its own service by name", func() error { return get("red", "a") })
-	h.eventually(time.Minute, "red reaches it by address", func() error { return get("red", red.Assignment.IP) })
+	h.Eventually(time.Minute, "red reaches its own service by name", func() error { return get("red", "a") })
+	h.Eventually(time.Minute, "red reaches it by address", func() error { return get("red", red.Assignment.IP) })
 	if get("blue", red.Assignment.IP) == nil {
 		t.Error("blue reaches red's container by address")
 	}
@@ -249,10 +251,10 @@ func TestProjectsAreApart(t *testing.T) {
 		t.Error("blue resolves red's names")
 	}
 	for _, p := range []string{"red", "blue"} {
-		h.tandem("down", "-p", p)
+		h.Tandem("down", "-p", p)
 	}
-	h.eventually(3*time.Minute, "empty machines stop", func() error {
-		if n := len(h.find("qemu-system", "-name")); n > 1 { // the warm template may be in the making
+	h.Eventually(3*time.Minute, "empty machines stop", func() error {
+		if n := len(h.Find("qemu-system", "-name")); n > 1 { // the warm template may be in the making
 			return fmt.Errorf("%d still run", n)
 		}
 		return nil
@@ -261,10 +263,10 @@ func TestProjectsAreApart(t *testing.T) {
 
 // TestSecondServerIsRefused: one state directory has one server.
 func TestSecondServerIsRefused(t *testing.T) {
-	h := newHost(t)
-	h.launch()
-	_, err := h.tryFor(time.Minute, "", "serve", "--state-dir", h.state(), "--run-dir", filepath.Join(h.dir, "r2"), "--lib-dir", h.bin)
-	if err == nil || !strings.Contains(err.Error(), h.state()) {
+	h := host.New(t)
+	h.Launch()
+	_, err := h.TryFor(time.Minute, "", "serve", "--state-dir", h.State(), "--run-dir", filepath.Join(h.Dir, "r2"), "--lib-dir", h.Bin)
+	if err == nil || !strings.Contains(err.Error(), h.State()) {
 		t.Errorf("a second server: %v", err)
 	}
 	if errors.Is(err, unix.ENOENT) {

@@ -1,4 +1,4 @@
-package e2e
+package host
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,12 +27,13 @@ import (
 // envInit makes the test binary the first process of a host's namespaces.
 const envInit = "TANDEM_E2E_INIT"
 
-func TestMain(m *testing.M) {
+// MaybeInit makes this process the first of a host's namespaces if it was started
+// to be that; else it returns. Call it first in TestMain.
+func MaybeInit() {
 	if os.Getenv(envInit) != "" {
 		hostInit()
-		return
+		os.Exit(0)
 	}
-	os.Exit(m.Run())
 }
 
 // hostInit is pid 1 of a host: it prepares the namespaces, says "ready" and reaps.
@@ -106,20 +108,21 @@ func cgroupMounts() string {
 }
 
 // host is one simulated server with Tandem on it.
-type host struct {
-	t     *testing.T
-	dir   string
-	bin   string
+type Host struct {
+	t     testing.TB
+	Dir   string // everything of it lies below
+	Bin   string // tandem, runc, guest/
 	init  *exec.Cmd
 	serve *exec.Cmd
 	log   *os.File
 }
 
 // libDir is where tandem, runc and guest/ lie.
-func libDir(t *testing.T) string {
+func libDir(t testing.TB) string {
 	d := os.Getenv("TANDEM_LIB_DIR")
 	if d == "" {
-		d = "../../bin"
+		_, file, _, _ := runtime.Caller(0)
+		d = filepath.Join(filepath.Dir(file), "../../bin")
 	}
 	d, err := filepath.Abs(d)
 	if err != nil {
@@ -131,14 +134,14 @@ func libDir(t *testing.T) string {
 	return d
 }
 
-// newHost makes namespaces and a state directory; start() runs Tandem in them.
-func newHost(t *testing.T) *host {
+// New makes namespaces and a state directory; Launch runs Tandem in them.
+func New(t testing.TB) *Host {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "te-") // short: unix sockets' paths are
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &host{t: t, dir: dir, bin: libDir(t)}
+	h := &Host{t: t, Dir: dir, Bin: libDir(t)}
 	h.init = exec.Command("/proc/self/exe")
 	h.init.Env = append(os.Environ(), envInit+"="+cgroupMounts())
 	h.init.Stderr = os.Stderr
@@ -167,7 +170,7 @@ func newHost(t *testing.T) *host {
 
 // close ends the host. With all its processes gone the kernel takes mounts,
 // links and namespaces back; what could remain is looked for.
-func (h *host) close() {
+func (h *Host) close() {
 	if h.t.Failed() {
 		b, _ := os.ReadFile(h.log.Name())
 		if len(b) > 20000 {
@@ -176,13 +179,13 @@ func (h *host) close() {
 		h.t.Logf("serve.log:\n%s", b)
 	}
 	if h.serve != nil {
-		h.kill9()
+		h.Kill9()
 	}
-	out, err := h.try("reset", "--yes", "--state-dir", h.state(), "--run-dir", h.run())
+	out, err := h.Try("reset", "--yes", "--state-dir", h.State(), "--run-dir", h.RunDir())
 	if err != nil {
 		h.t.Errorf("reset: %v\n%s", err, out)
 	}
-	if left := h.processes("qemu-system", "tandem"); len(left) > 0 {
+	if left := h.Processes("qemu-system", "tandem"); len(left) > 0 {
 		h.t.Errorf("left behind after reset: %v", left)
 	}
 	h.init.Process.Kill()
@@ -191,15 +194,15 @@ func (h *host) close() {
 		h.t.Errorf("control groups left behind: %v", left)
 	}
 	h.log.Close()
-	os.RemoveAll(h.dir)
+	os.RemoveAll(h.Dir)
 }
 
-func (h *host) state() string { return filepath.Join(h.dir, "s") }
-func (h *host) run() string   { return filepath.Join(h.dir, "r") }
+func (h *Host) State() string  { return filepath.Join(h.Dir, "s") }
+func (h *Host) RunDir() string { return filepath.Join(h.Dir, "r") }
 
 // cgroupsLeft lists groups of this host's that still exist.
-func (h *host) cgroupsLeft() []string {
-	sum := sha256.Sum256([]byte(h.run()))
+func (h *Host) cgroupsLeft() []string {
+	sum := sha256.Sum256([]byte(h.RunDir()))
 	var left []string
 	for _, pattern := range []string{"/sys/fs/cgroup/*/tandem-", "/sys/fs/cgroup/tandem-"} {
 		m, _ := filepath.Glob(pattern + hex.EncodeToString(sum[:4]) + "*/*")
@@ -209,25 +212,25 @@ func (h *host) cgroupsLeft() []string {
 }
 
 // inside is a command in the host's namespaces.
-func (h *host) inside(ctx context.Context, name string, args ...string) *exec.Cmd {
+func (h *Host) Inside(ctx context.Context, name string, args ...string) *exec.Cmd {
 	pid := strconv.Itoa(h.init.Process.Pid)
 	c := exec.CommandContext(ctx, "nsenter", append([]string{"-t", pid, "-n", "-m", "-p", "-u", "-i", "--", name}, args...)...)
-	c.Env = append(os.Environ(), "TANDEM_HOST=unix://"+h.run()+"/tandem.sock", "COMPOSE_PROJECT_NAME=")
+	c.Env = append(os.Environ(), "TANDEM_HOST=unix://"+h.RunDir()+"/tandem.sock", "COMPOSE_PROJECT_NAME=")
 	return c
 }
 
 // launch starts `tandem serve` and waits until it answers.
-func (h *host) launch(flags ...string) {
+func (h *Host) Launch(flags ...string) {
 	h.t.Helper()
-	args := append([]string{"serve", "--state-dir", h.state(), "--run-dir", h.run(), "--lib-dir", h.bin}, flags...)
-	c := h.inside(context.Background(), filepath.Join(h.bin, "tandem"), args...)
+	args := append([]string{"serve", "--state-dir", h.State(), "--run-dir", h.RunDir(), "--lib-dir", h.Bin}, flags...)
+	c := h.Inside(context.Background(), filepath.Join(h.Bin, "tandem"), args...)
 	c.Stdout, c.Stderr = h.log, h.log
 	if err := c.Start(); err != nil {
 		h.t.Fatal(err)
 	}
 	h.serve = c
-	h.eventually(60*time.Second, "tandem serve answers", func() error {
-		out, err := h.try("host", "ls", "--format", "json")
+	h.Eventually(60*time.Second, "tandem serve answers", func() error {
+		out, err := h.Try("host", "ls", "--format", "json")
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
@@ -245,8 +248,8 @@ func (h *host) launch(flags ...string) {
 }
 
 // kill9 kills `tandem serve` (nsenter's child too).
-func (h *host) kill9() {
-	for _, p := range h.find("tandem", "serve") {
+func (h *Host) Kill9() {
+	for _, p := range h.Find("tandem", "serve") {
 		unix.Kill(p, unix.SIGKILL)
 	}
 	h.serve.Process.Kill()
@@ -256,14 +259,14 @@ func (h *host) kill9() {
 
 // try runs tandem in the host and returns what it printed on standard output;
 // an error holds what it printed on standard error.
-func (h *host) try(args ...string) (string, error) {
-	return h.tryFor(10*time.Minute, "", args...)
+func (h *Host) Try(args ...string) (string, error) {
+	return h.TryFor(10*time.Minute, "", args...)
 }
 
-func (h *host) tryFor(d time.Duration, stdin string, args ...string) (string, error) {
+func (h *Host) TryFor(d time.Duration, stdin string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
-	c := h.inside(ctx, filepath.Join(h.bin, "tandem"), args...)
+	c := h.Inside(ctx, filepath.Join(h.Bin, "tandem"), args...)
 	var out, errb bytes.Buffer
 	c.Stdin, c.Stdout, c.Stderr = strings.NewReader(stdin), &out, &errb
 	err := c.Run()
@@ -273,9 +276,9 @@ func (h *host) tryFor(d time.Duration, stdin string, args ...string) (string, er
 	return out.String(), err
 }
 
-func (h *host) tandem(args ...string) string {
+func (h *Host) Tandem(args ...string) string {
 	h.t.Helper()
-	out, err := h.try(args...)
+	out, err := h.Try(args...)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -283,10 +286,10 @@ func (h *host) tandem(args ...string) string {
 }
 
 // curl gets a page from inside the host.
-func (h *host) curl(url string) (string, error) {
+func (h *Host) Curl(url string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	out, err := h.inside(ctx, "curl", "-sS", "--max-time", "20", url).CombinedOutput()
+	out, err := h.Inside(ctx, "curl", "-sS", "--max-time", "20", url).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("curl %s: %w: %s", url, err, out)
 	}
@@ -295,7 +298,7 @@ func (h *host) curl(url string) (string, error) {
 
 // eventually polls until f answers nil; the deadline is generous, since machines
 // may be emulated.
-func (h *host) eventually(d time.Duration, what string, f func() error) {
+func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 	h.t.Helper()
 	deadline := time.Now().Add(d)
 	var err error
@@ -312,7 +315,7 @@ func (h *host) eventually(d time.Duration, what string, f func() error) {
 
 // find lists pids (as seen from outside) of the host's processes whose command
 // line has all the words.
-func (h *host) find(words ...string) []int {
+func (h *Host) Find(words ...string) []int {
 	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.init.Process.Pid))
 	if err != nil {
 		return nil
@@ -339,10 +342,10 @@ next:
 }
 
 // processes lists command lines of the host's processes of these programs.
-func (h *host) processes(names ...string) []string {
+func (h *Host) Processes(names ...string) []string {
 	var out []string
 	for _, n := range names {
-		for _, p := range h.find(n) {
+		for _, p := range h.Find(n) {
 			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
 			out = append(out, strings.ReplaceAll(string(b), "\x00", " "))
 		}
@@ -350,8 +353,8 @@ func (h *host) processes(names ...string) []string {
 	return out
 }
 
-// container is what the tests look at in `tandem ps --format json`.
-type container struct {
+// Container is what the tests look at in `tandem ps --format json`.
+type Container struct {
 	Meta struct {
 		ID, Name, Project string
 	}
@@ -371,25 +374,25 @@ type container struct {
 	}
 }
 
-func (h *host) containers() (map[string]container, error) {
-	out, err := h.try("ps", "-a", "--format", "json")
+func (h *Host) Containers() (map[string]Container, error) {
+	out, err := h.Try("ps", "-a", "--format", "json")
 	if err != nil {
 		return nil, err
 	}
-	var list []container
+	var list []Container
 	if err := json.Unmarshal([]byte(out), &list); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, out)
 	}
-	m := map[string]container{}
+	m := map[string]Container{}
 	for _, c := range list {
 		m[c.Meta.Name] = c
 	}
 	return m, nil
 }
 
-func (h *host) container(name string) container {
+func (h *Host) Container(name string) Container {
 	h.t.Helper()
-	all, err := h.containers()
+	all, err := h.Containers()
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -401,9 +404,9 @@ func (h *host) container(name string) container {
 }
 
 // compose writes a Compose file and returns its path.
-func (h *host) compose(name, text string) string {
+func (h *Host) Compose(name, text string) string {
 	h.t.Helper()
-	dir := filepath.Join(h.dir, name)
+	dir := filepath.Join(h.Dir, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		h.t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package e2e
+package host
 
 import (
 	"os"
@@ -10,18 +10,18 @@ import (
 
 // images makes small images of real programs from this computer's packages and
 // loads them: busybox, and Apache httpd as what ldd says it needs.
-func (h *host) images() {
+func (h *Host) Images() {
 	h.t.Helper()
-	h.importTree("busybox:latest", func(root string) {
-		busyboxTree(h.t, root)
+	h.ImportTree("busybox:latest", func(root string) {
+		BusyboxTree(h.t, root)
 	}, "CMD [\"sh\"]", "ENV PATH=/bin")
-	h.importTree("httpd:latest", func(root string) {
-		busyboxTree(h.t, root)
-		apacheTree(h.t, root)
+	h.ImportTree("httpd:latest", func(root string) {
+		BusyboxTree(h.t, root)
+		ApacheTree(h.t, root)
 	}, `CMD ["/usr/sbin/apache2", "-DFOREGROUND", "-f", "/etc/httpd.conf"]`, "EXPOSE 80", "ENV PATH=/bin:/usr/sbin")
 }
 
-func (h *host) importTree(ref string, fill func(root string), changes ...string) {
+func (h *Host) ImportTree(ref string, fill func(root string), changes ...string) {
 	h.t.Helper()
 	root := h.t.TempDir()
 	fill(root)
@@ -31,10 +31,10 @@ func (h *host) importTree(ref string, fill func(root string), changes ...string)
 	for _, c := range changes {
 		args = append(args, "-c", c)
 	}
-	h.tandem(args...)
+	h.Tandem(args...)
 }
 
-func run(t *testing.T, name string, args ...string) string {
+func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
 	if err != nil {
@@ -43,7 +43,7 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-func busyboxTree(t *testing.T, root string) {
+func BusyboxTree(t testing.TB, root string) {
 	t.Helper()
 	for _, d := range []string{"bin", "etc", "tmp", "var/www", "root", "data"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
@@ -67,11 +67,11 @@ func busyboxTree(t *testing.T, root string) {
 			t.Fatal(err)
 		}
 	}
-	write(t, root, "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www:/var/www:/bin/sh\n")
-	write(t, root, "etc/group", "root:x:0:\nwww-data:x:33:\n")
+	Write(t, root, "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www:/var/www:/bin/sh\n")
+	Write(t, root, "etc/group", "root:x:0:\nwww-data:x:33:\n")
 }
 
-func write(t *testing.T, root, name, text string) {
+func Write(t testing.TB, root, name, text string) {
 	t.Helper()
 	f := filepath.Join(root, name)
 	if err := os.MkdirAll(filepath.Dir(f), 0o755); err != nil {
@@ -82,9 +82,9 @@ func write(t *testing.T, root, name, text string) {
 	}
 }
 
-// apacheTree copies the computer's Apache httpd (package apache2-bin), the
+// ApacheTree copies the computer's Apache httpd (package apache2-bin), the
 // modules that a reverse proxy needs, and the shared libraries of both.
-func apacheTree(t *testing.T, root string) {
+func ApacheTree(t testing.TB, root string) {
 	t.Helper()
 	mods := "/usr/lib/apache2/modules"
 	files := []string{"/usr/sbin/apache2"}
@@ -94,8 +94,8 @@ func apacheTree(t *testing.T, root string) {
 		conf += "LoadModule " + m + "_module " + mods + "/mod_" + m + ".so\n"
 	}
 	conf += "<Directory /var/www>\nRequire all granted\n</Directory>\nStartServers 1\nThreadsPerChild 8\nThreadLimit 8\nMaxRequestWorkers 16\nMinSpareThreads 4\nMaxSpareThreads 16\nIncludeOptional /etc/httpd.d/*.conf\n"
-	write(t, root, "etc/httpd.conf", conf)
-	write(t, root, "var/www/index.html", "It works: Apache httpd\n")
+	Write(t, root, "etc/httpd.conf", conf)
+	Write(t, root, "var/www/index.html", "It works: Apache httpd\n")
 	seen := map[string]bool{}
 	put := func(f string) {
 		if seen[f] {
