@@ -107,7 +107,7 @@ func cgroupMounts() string {
 	return strings.Join(out, "\n") + "\n"
 }
 
-// host is one simulated server with Tandem on it.
+// Host is one simulated server with Tandem on it.
 type Host struct {
 	t     testing.TB
 	Dir   string // everything of it lies below
@@ -197,7 +197,10 @@ func (h *Host) close() {
 	os.RemoveAll(h.Dir)
 }
 
-func (h *Host) State() string  { return filepath.Join(h.Dir, "s") }
+// State is its state directory.
+func (h *Host) State() string { return filepath.Join(h.Dir, "s") }
+
+// RunDir is where its sockets are.
 func (h *Host) RunDir() string { return filepath.Join(h.Dir, "r") }
 
 // cgroupsLeft lists groups of this host's that still exist.
@@ -211,7 +214,7 @@ func (h *Host) cgroupsLeft() []string {
 	return left
 }
 
-// inside is a command in the host's namespaces.
+// Inside is a command in the host's namespaces.
 func (h *Host) Inside(ctx context.Context, name string, args ...string) *exec.Cmd {
 	pid := strconv.Itoa(h.init.Process.Pid)
 	c := exec.CommandContext(ctx, "nsenter", append([]string{"-t", pid, "-n", "-m", "-p", "-u", "-i", "--", name}, args...)...)
@@ -219,7 +222,7 @@ func (h *Host) Inside(ctx context.Context, name string, args ...string) *exec.Cm
 	return c
 }
 
-// launch starts `tandem serve` and waits until it answers.
+// Launch starts `tandem serve` and waits until it answers.
 func (h *Host) Launch(flags ...string) {
 	h.t.Helper()
 	args := append([]string{"serve", "--state-dir", h.State(), "--run-dir", h.RunDir(), "--lib-dir", h.Bin}, flags...)
@@ -247,7 +250,7 @@ func (h *Host) Launch(flags ...string) {
 	})
 }
 
-// kill9 kills `tandem serve` (nsenter's child too).
+// Kill9 kills `tandem serve` (nsenter's child too).
 func (h *Host) Kill9() {
 	for _, p := range h.Find("tandem", "serve") {
 		unix.Kill(p, unix.SIGKILL)
@@ -257,12 +260,13 @@ func (h *Host) Kill9() {
 	h.serve = nil
 }
 
-// try runs tandem in the host and returns what it printed on standard output;
+// Try runs tandem in the host and returns what it printed on standard output;
 // an error holds what it printed on standard error.
 func (h *Host) Try(args ...string) (string, error) {
 	return h.TryFor(10*time.Minute, "", args...)
 }
 
+// TryFor is Try with a limit of time and something on standard input.
 func (h *Host) TryFor(d time.Duration, stdin string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
@@ -276,6 +280,7 @@ func (h *Host) TryFor(d time.Duration, stdin string, args ...string) (string, er
 	return out.String(), err
 }
 
+// Tandem is Try that must succeed.
 func (h *Host) Tandem(args ...string) string {
 	h.t.Helper()
 	out, err := h.Try(args...)
@@ -285,7 +290,7 @@ func (h *Host) Tandem(args ...string) string {
 	return out
 }
 
-// curl gets a page from inside the host.
+// Curl gets a page from inside the host.
 func (h *Host) Curl(url string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -296,7 +301,7 @@ func (h *Host) Curl(url string) (string, error) {
 	return string(out), nil
 }
 
-// eventually polls until f answers nil; the deadline is generous, since machines
+// Eventually polls until f answers nil; the deadline is generous, since machines
 // may be emulated.
 func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 	h.t.Helper()
@@ -313,7 +318,7 @@ func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 	}
 }
 
-// find lists pids (as seen from outside) of the host's processes whose command
+// Find lists pids (as seen from outside) of the host's processes whose command
 // line has all the words.
 func (h *Host) Find(words ...string) []int {
 	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.init.Process.Pid))
@@ -341,7 +346,7 @@ next:
 	return out
 }
 
-// processes lists command lines of the host's processes of these programs.
+// Processes lists command lines of the host's processes of these programs.
 func (h *Host) Processes(names ...string) []string {
 	var out []string
 	for _, n := range names {
@@ -374,6 +379,7 @@ type Container struct {
 	}
 }
 
+// Containers lists all containers by name.
 func (h *Host) Containers() (map[string]Container, error) {
 	out, err := h.Try("ps", "-a", "--format", "json")
 	if err != nil {
@@ -390,6 +396,7 @@ func (h *Host) Containers() (map[string]Container, error) {
 	return m, nil
 }
 
+// Container is the container of that name; the test fails without it.
 func (h *Host) Container(name string) Container {
 	h.t.Helper()
 	all, err := h.Containers()
@@ -403,7 +410,7 @@ func (h *Host) Container(name string) Container {
 	return c
 }
 
-// compose writes a Compose file and returns its path.
+// Compose writes a Compose file and returns its path.
 func (h *Host) Compose(name, text string) string {
 	h.t.Helper()
 	dir := filepath.Join(h.Dir, name)

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// images makes small images of real programs from this computer's packages and
+// Images makes small images of real programs from this computer's packages and
 // loads them: busybox, and Apache httpd as what ldd says it needs.
 func (h *Host) Images() {
 	h.t.Helper()
@@ -21,6 +21,7 @@ func (h *Host) Images() {
 	}, `CMD ["/usr/sbin/apache2", "-DFOREGROUND", "-f", "/etc/httpd.conf"]`, "EXPOSE 80", "ENV PATH=/bin:/usr/sbin")
 }
 
+// ImportTree makes an image of a tree that fill makes.
 func (h *Host) ImportTree(ref string, fill func(root string), changes ...string) {
 	h.t.Helper()
 	root := h.t.TempDir()
@@ -43,6 +44,7 @@ func run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
+// BusyboxTree is busybox with all its applets.
 func BusyboxTree(t testing.TB, root string) {
 	t.Helper()
 	for _, d := range []string{"bin", "etc", "tmp", "var/www", "root", "data"} {
@@ -71,6 +73,7 @@ func BusyboxTree(t testing.TB, root string) {
 	Write(t, root, "etc/group", "root:x:0:\nwww-data:x:33:\n")
 }
 
+// Write puts a file into a tree.
 func Write(t testing.TB, root, name, text string) {
 	t.Helper()
 	f := filepath.Join(root, name)
