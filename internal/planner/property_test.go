@@ -1,0 +1,346 @@
+package planner_test
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"tandem/internal/planner"
+)
+
+// TestPlansKeepAllRules runs random sequences of events and questions. After each
+// plan an independent checker looks at every rule; what could not be placed must
+// not fit anywhere; asking twice, or a copy, gives the same plan; and every index
+// equals one built anew.
+func TestPlansKeepAllRules(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		x := &run{t: t, s: planner.New(), w: newWorld()}
+		for range rapid.IntRange(1, 3).Draw(t, "hosts") {
+			x.addHost()
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"host":             func(t *rapid.T) { x.t = t; x.addHost() },
+			"toggle host":      x.toggleHost,
+			"remove host":      x.removeHost,
+			"container":        x.addContainer,
+			"containers":       x.addContainers,
+			"remove container": x.removeContainer,
+			"remove machine":   x.removeMachine,
+			"volume":           x.setVolume,
+			"place one":        x.placeOne,
+			"place all":        x.placeAll,
+			"trim":             x.trim,
+			"stale":            x.stale,
+			"":                 x.invariants,
+		})
+	})
+}
+
+type run struct {
+	t       *rapid.T
+	s       *planner.State
+	w       *world
+	n       int
+	stopped int
+}
+
+func (x *run) ok(err error) {
+	if err != nil {
+		x.t.Fatal(err)
+	}
+}
+
+func (x *run) next(prefix string) string {
+	x.n++
+	return fmt.Sprintf("%s-%03d", prefix, x.n)
+}
+
+func (x *run) addHost() {
+	t := x.t
+	if len(x.w.hosts) >= 5 {
+		return
+	}
+	h := planner.Host{
+		ID:           x.next("h"),
+		Zone:         rapid.SampledFrom([]string{"a", "b"}).Draw(t, "zone"),
+		Capacity:     planner.Size{CPU: rapid.Int64Range(0, 16).Draw(t, "cpu") * 500, Memory: rapid.Int64Range(0, 8192).Draw(t, "mem") * mib},
+		MachineExtra: planner.Size{CPU: rapid.SampledFrom([]int64{0, 100}).Draw(t, "extra cpu"), Memory: 80 * mib},
+		GuestExtra:   planner.Size{CPU: rapid.SampledFrom([]int64{0, 50}).Draw(t, "guest cpu"), Memory: 60 * mib},
+		Base:         planner.Size{CPU: 1000, Memory: 256 * mib},
+		Capabilities: planner.Capabilities{
+			Grow: rapid.Bool().Draw(t, "grow"), Shrink: rapid.Bool().Draw(t, "shrink"), Metal: rapid.Bool().Draw(t, "metal"),
+			MemoryStep: rapid.SampledFrom([]int64{0, 2 * mib, 128 * mib}).Draw(t, "step"), BootSeconds: 1, GrowSeconds: 0.1,
+		},
+	}
+	if rapid.Bool().Draw(t, "bounded") {
+		h.Capabilities.MaxMachine = planner.Size{CPU: 4000, Memory: 2048 * mib}
+	}
+	x.w.hosts[h.ID] = h
+	x.ok(x.s.SetHost(h))
+}
+
+func pick[V any](t *rapid.T, m map[string]V) string {
+	if len(m) == 0 {
+		t.Skip("none")
+	}
+	keys := []string{}
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return rapid.SampledFrom(keys).Draw(t, "which")
+}
+
+func (x *run) toggleHost(t *rapid.T) {
+	h := x.w.hosts[pick(t, x.w.hosts)]
+	h.Cordoned = rapid.Bool().Draw(t, "cordoned")
+	h.Down = rapid.Bool().Draw(t, "down")
+	x.w.hosts[h.ID] = h
+	x.t = t
+	x.ok(x.s.SetHost(h))
+}
+
+func (x *run) removeHost(t *rapid.T) {
+	id := pick(t, x.w.hosts)
+	for k, c := range x.w.containers {
+		if c.Host == id {
+			c.Host, c.Machine = "", ""
+			x.w.containers[k] = c
+		}
+	}
+	for k, m := range x.w.machines {
+		if m.Host == id {
+			delete(x.w.machines, k)
+		}
+	}
+	delete(x.w.hosts, id)
+	for v, at := range x.w.volumes {
+		if at == id { // its disk went with the host
+			delete(x.w.volumes, v)
+			x.s.SetVolume(v, "")
+		}
+	}
+	x.s.RemoveHost(id)
+}
+
+func (x *run) addContainer(t *rapid.T) {
+	x.t = t
+	c := planner.Container{
+		ID:        x.next("c"),
+		Project:   rapid.SampledFrom([]string{"p", "q"}).Draw(t, "project"),
+		Service:   rapid.SampledFrom([]string{"", "web", "db"}).Draw(t, "service"),
+		Isolation: rapid.SampledFrom([]planner.Isolation{planner.Project, planner.Project, planner.Shared, planner.Own, planner.Metal}).Draw(t, "isolation"),
+		Request: planner.Size{
+			CPU:    rapid.SampledFrom([]int64{0, 100, 500, 1000, 3000}).Draw(t, "cpu"),
+			Memory: rapid.SampledFrom([]int64{0, 32, 200, 1000, 3000}).Draw(t, "mem") * mib,
+		},
+		Spread: rapid.SampledFrom([]string{"", "", "host", "machine", "zone"}).Draw(t, "spread"),
+	}
+	if rapid.IntRange(0, 3).Draw(t, "ports?") == 0 {
+		c.Ports = []planner.Port{{Protocol: "tcp", Port: rapid.SampledFrom([]uint16{0, 80, 443}).Draw(t, "port"),
+			IP: rapid.SampledFrom([]string{"", "10.0.0.1", "10.0.0.2"}).Draw(t, "ip")}}
+	}
+	if rapid.IntRange(0, 3).Draw(t, "volumes?") == 0 {
+		c.Volumes = rapid.SampledFrom([][]string{{"v1"}, {"v2"}, {"v1", "v2"}}).Draw(t, "volumes")
+	}
+	if rapid.IntRange(0, 4).Draw(t, "pin?") == 0 && len(x.w.hosts) > 0 {
+		c.Hosts = []string{pick(t, x.w.hosts)}
+	}
+	if rapid.IntRange(0, 3).Draw(t, "anti?") == 0 {
+		c.Anti = []planner.AntiRule{{Service: rapid.SampledFrom([]string{"web", "db"}).Draw(t, "against"),
+			Layer: rapid.SampledFrom([]string{"machine", "host"}).Draw(t, "layer"), Max: rapid.IntRange(0, 2).Draw(t, "max")}}
+	}
+	x.w.containers[c.ID] = c
+	x.ok(x.s.SetContainer(c))
+}
+
+func (x *run) addContainers(t *rapid.T) {
+	for range rapid.IntRange(2, 6).Draw(t, "n") {
+		x.addContainer(t)
+	}
+}
+
+func (x *run) removeContainer(t *rapid.T) {
+	id := pick(t, x.w.containers)
+	delete(x.w.containers, id)
+	x.s.RemoveContainer(id)
+}
+
+func (x *run) removeMachine(t *rapid.T) {
+	id := pick(t, x.w.machines)
+	for k, c := range x.w.containers {
+		if c.Machine == id {
+			c.Host, c.Machine = "", ""
+			x.w.containers[k] = c
+		}
+	}
+	delete(x.w.machines, id)
+	x.s.RemoveMachine(id)
+}
+
+func (x *run) setVolume(t *rapid.T) {
+	v := rapid.SampledFrom([]string{"v1", "v2"}).Draw(t, "volume")
+	for _, c := range x.w.containers {
+		if c.Host != "" && slices.Contains(c.Volumes, v) {
+			t.Skip("in use")
+		}
+	}
+	at := pick(t, x.w.hosts)
+	x.w.volumes[v] = at
+	x.s.SetVolume(v, at)
+}
+
+func (x *run) unplaced() []string {
+	var ids []string
+	for id, c := range x.w.containers {
+		if c.Host == "" {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+func (x *run) placeOne(t *rapid.T) {
+	x.t = t
+	ids := x.unplaced()
+	if len(ids) == 0 {
+		t.Skip("none")
+	}
+	id := rapid.SampledFrom(ids).Draw(t, "container")
+	p := x.decide(planner.Question{Place: []string{id}})
+	if len(p.Unplaced) > 0 {
+		if where := x.w.possible(id); where != "" {
+			t.Fatalf("%s was not placed (%s), but could: %s", id, p.Unplaced[0].Reason.Summary, where)
+		}
+		if p.Unplaced[0].Remedy == "" || p.Unplaced[0].Reason.Summary == "" {
+			t.Fatalf("no reason or remedy: %+v", p.Unplaced[0])
+		}
+	}
+	x.commit(p)
+}
+
+func (x *run) placeAll(t *rapid.T) {
+	x.t = t
+	ids := x.unplaced()
+	if len(ids) == 0 {
+		t.Skip("none")
+	}
+	p := x.decide(planner.Question{Place: ids})
+	n := len(p.Unplaced)
+	booted := map[string]int{}
+	for _, a := range p.Actions {
+		switch a.Kind {
+		case planner.Place, planner.PlaceM:
+			n++
+			if a.Reason.Summary == "" || len(a.Reason.Options) == 0 {
+				t.Fatalf("placement without a reason: %+v", a)
+			}
+		case planner.Boot, planner.Grow:
+			if booted[a.Machine]++; booted[a.Machine] > 1 {
+				t.Fatalf("%s is booted or grown twice in one plan", a.Machine)
+			}
+		}
+	}
+	if n != len(ids) {
+		t.Fatalf("%d containers asked for, %d answered", len(ids), n)
+	}
+	x.commit(p)
+}
+
+func (x *run) trim(t *rapid.T) {
+	x.t = t
+	var idle []string
+	for id := range x.w.machines {
+		idle = append(idle, id)
+	}
+	slices.Sort(idle)
+	p := x.decide(planner.Question{Trim: &planner.Trim{Idle: idle, Shrink: rapid.Bool().Draw(t, "shrink")}})
+	x.commit(p)
+	for _, a := range p.Actions {
+		if a.Kind == planner.Stop {
+			delete(x.w.machines, a.Machine)
+			x.s.RemoveMachine(a.Machine)
+		}
+	}
+}
+
+// stale commits a plan to a state that has moved on: it applies whole or not at all.
+func (x *run) stale(t *rapid.T) {
+	x.t = t
+	ids := x.unplaced()
+	if len(ids) == 0 {
+		t.Skip("none")
+	}
+	p := x.decide(planner.Question{Place: ids})
+	switch rapid.IntRange(0, 2).Draw(t, "change") {
+	case 0:
+		x.toggleHost(t)
+	case 1:
+		x.removeContainer(t)
+	case 2:
+		x.addContainer(t)
+		x.placeOne(t)
+	}
+	before := x.s.Revision()
+	switch err := x.s.Commit(p, nil); {
+	case err == nil:
+		for _, a := range p.Actions {
+			x.ok(x.w.apply(a))
+		}
+	case errors.Is(err, planner.ErrStale) || booted(p):
+		if x.s.Revision() != before {
+			t.Fatal("a refused plan changed the state")
+		}
+	default:
+		t.Fatal(err)
+	}
+}
+
+func booted(p *planner.Plan) bool {
+	return slices.ContainsFunc(p.Actions, func(a planner.Action) bool { return a.Kind == planner.Boot })
+}
+
+func (x *run) decide(q planner.Question) *planner.Plan {
+	rev := x.s.Revision()
+	p, err := x.s.Decide(q)
+	x.ok(err)
+	if x.s.Revision() != rev || p.Revision != rev {
+		x.t.Fatalf("revision moved from %d to %d, the plan says %d", rev, x.s.Revision(), p.Revision)
+	}
+	again, err := x.s.Decide(q)
+	x.ok(err)
+	copied, err := x.s.Clone().Decide(q)
+	x.ok(err)
+	if !reflect.DeepEqual(p, again) || !reflect.DeepEqual(p, copied) {
+		x.t.Fatalf("same question, different plans:\n%+v\n%+v\n%+v", p, again, copied)
+	}
+	return p
+}
+
+func (x *run) commit(p *planner.Plan) {
+	names := map[string]string{}
+	for _, a := range p.Actions {
+		if a.Kind == planner.Boot {
+			names[a.Machine] = x.next("m")
+		}
+	}
+	x.ok(x.s.Commit(p, names))
+	p.Rename(names)
+	for _, a := range p.Actions {
+		x.ok(x.w.apply(a))
+	}
+}
+
+func (x *run) invariants(t *rapid.T) {
+	if err := x.w.check(); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.s.Consistent(); err != nil {
+		t.Fatal(err)
+	}
+}
