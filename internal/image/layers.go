@@ -102,7 +102,11 @@ func (s *LocalStore) makeLayer(ctx context.Context, diffID string, p ProgressFun
 		if src == nil {
 			return fmt.Errorf("layer %s: its blob is lost or damaged (%v); pull or load the image again: %w", diffID, err, errdefs.ErrDataLoss)
 		}
-		if st, dir, err = src(ctx, p); err != nil {
+		named := func(m *v1.Progress) {
+			m.Id = "layer " + diffID
+			tell(p, m)
+		}
+		if st, dir, err = src(ctx, named); err != nil {
 			return err
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+	v1 "tandem/api/tandem/v1"
 )
 
 // LocalStore is a Store in a directory of this host:
@@ -39,9 +40,9 @@ type LocalStore struct {
 	pins   map[string]int // diffIDs that work in progress needs
 	closed bool
 
-	layerWork flightGroup[struct{}] // by diffID
-	pullWork  flightGroup[string]   // by reference, platform and credentials: id
-	slots     chan struct{}         // conversions and downloads at once
+	layerWork flightGroup[struct{}]  // by diffID
+	pullWork  flightGroup[*v1.Image] // by reference, platform and credentials
+	slots     chan struct{}          // conversions and downloads at once
 	ops       sync.WaitGroup
 }
 
