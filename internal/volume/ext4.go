@@ -176,8 +176,8 @@ func (s *LocalStore) makeTemplate(ctx context.Context, tmpl string, size int64) 
 // grow makes a disk larger, while nobody has it attached, and ends what an
 // earlier call began.
 func (s *LocalStore) grow(ctx context.Context, v Volume, size int64, scratch bool) error {
-	_, undoErr := os.Lstat(s.undoPath(v.ID))
-	interrupted := undoErr == nil
+	_, markErr := os.Lstat(s.markPath(v.ID))
+	interrupted := markErr == nil
 	if size == v.SizeBytes && !interrupted && fsSize(v.Path) == size {
 		return nil
 	}
@@ -199,6 +199,13 @@ func (s *LocalStore) grow(ctx context.Context, v Volume, size int64, scratch boo
 	if err := s.room(); err != nil {
 		return err
 	}
+	// From here on the tools write in place: whoever comes after us must know.
+	if err := os.WriteFile(s.markPath(v.ID), nil, 0o600); err != nil {
+		return err
+	}
+	if err := syncDir(filepath.Dir(s.markPath(v.ID))); err != nil {
+		return err
+	}
 	// 1: errors corrected, also those of a machine that was cut off.
 	if err := s.tools.run(ctx, 1, s.tools.fsck, "-f", "-y", v.Path); err != nil {
 		return err
@@ -217,10 +224,15 @@ func (s *LocalStore) grow(ctx context.Context, v Volume, size int64, scratch boo
 	if err := syncFile(v.Path); err != nil {
 		return err
 	}
-	return os.Remove(s.undoPath(v.ID))
+	// In this order: an undo file without its mark would be taken for nothing.
+	if err := os.Remove(s.undoPath(v.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Remove(s.markPath(v.ID))
 }
 
 func (s *LocalStore) undoPath(id string) string { return filepath.Join(s.dir, "undo", id) }
+func (s *LocalStore) markPath(id string) string { return filepath.Join(s.dir, "undo", id+".growing") }
 
 // rollBack undoes a growth that was killed half way.
 func (s *LocalStore) rollBack(ctx context.Context, v Volume) error {

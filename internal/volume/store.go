@@ -47,7 +47,7 @@ type Options struct {
 //	disks/ID.img    the disks
 //	uses/ID         who has it attached
 //	templates/      scratch file systems, made once for each size
-//	undo/ID         how to undo a growth that was interrupted
+//	undo/ID*        that a disk is growing, and how to undo it
 //	tmp/            disks not finished; emptied by Open
 //
 // A disk appears under its name by rename only, finished: a process killed at any
@@ -274,7 +274,7 @@ func (s *LocalStore) Remove(ctx context.Context, id string) error {
 	if holder != "" {
 		return fmt.Errorf("volume %s: in use by %s: %w", id, holder, errdefs.ErrFailedPrecondition)
 	}
-	for _, p := range []string{s.path(id), s.undoPath(id)} {
+	for _, p := range []string{s.undoPath(id), s.markPath(id), s.path(id)} {
 		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("volume %s: %w", id, err)
 		}
