@@ -103,8 +103,11 @@ func (f *finder) nothing() string {
 		switch {
 		case e.who != "":
 			text := e.sentence()
-			if e.count > 1 {
-				text += fmt.Sprintf(" at best, of %d", e.count)
+			switch {
+			case e.count > 1 && e.what.short.zero():
+				text += fmt.Sprintf(" (and %d likewise)", e.count-1)
+			case e.count > 1:
+				text += fmt.Sprintf(" at best, of %s", plural(e.count, e.layer))
 			}
 			parts = append(parts, text)
 		case e.layer == "host":
@@ -193,13 +196,23 @@ func (f *finder) remedy() string {
 	return f.capacityRemedy(ids)
 }
 
+// mendable says whether room for this near miss could be made: a ceiling that its
+// host could not exceed anyway is no advice.
+func (f *finder) mendable(e *missed) bool {
+	m := f.d.s.machines[e.who]
+	if e.layer != "machine" || e.rule != RuleCeiling || m == nil {
+		return true
+	}
+	return !m.fresh && m.used().add(f.c.need).fits(m.host.ceiling()) && e.what.short.fits(m.host.free())
+}
+
 // capacityRemedy names the smallest amount to free, or the host to add.
 func (f *finder) capacityRemedy(ids []string) string {
 	s, need := f.d.s, f.c.need
 	whole := need
 	best := -1
 	for i, e := range f.misses {
-		if e.who != "" && !e.what.short.zero() && (best < 0 || e.shortness < f.misses[best].shortness) {
+		if e.who != "" && !e.what.short.zero() && f.mendable(&e) && (best < 0 || e.shortness < f.misses[best].shortness) {
 			best = i
 		}
 	}

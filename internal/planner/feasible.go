@@ -75,6 +75,9 @@ func portRule(c *container, h *host) miss {
 func antiRule(c *container, b *box, layer string) miss {
 	for _, r := range c.Anti {
 		if r.Layer == layer && b.count(serviceKey{c.Project, r.Service}) > r.Max {
+			if r.Max == 0 {
+				return miss{rule: RuleAnti, detail: "runs " + r.Service + ", which must not be beside it"}
+			}
 			return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which at most %d may be beside it", r.Service, r.Max)}
 		}
 	}
@@ -154,7 +157,7 @@ func machineCapacity(need Size, m *machine) miss {
 	}
 	want := m.used().add(need)
 	h := m.host
-	if !h.Capabilities.Grow && !m.fresh && want.fits(h.stepDown(m.Size, m.Ceiling)) {
+	if !h.Capabilities.Grow && !m.fresh && want.fits(h.ceiling()) {
 		return miss{rule: RuleCapability, short: short, detail: "can't grow on " + h.ID}
 	}
 	if (h.Capabilities.Grow || m.fresh) && !want.fits(m.growable()) {

@@ -94,8 +94,10 @@ func (f *finder) pinRule() miss {
 			return miss{rule: RuleVolume, detail: "volume " + v + " is on " + at}
 		}
 	}
-	if len(f.c.Hosts) == 0 {
-		return miss{rule: RuleVolume, detail: "its volumes are in use elsewhere"}
+	for _, v := range f.c.Volumes {
+		if list := f.d.s.users[v]; len(list) > 0 {
+			return miss{rule: RuleVolume, detail: "volume " + v + " is in use by " + list[0].ID}
+		}
 	}
 	return miss{rule: RuleHost, detail: "pinned to other hosts"}
 }
@@ -106,8 +108,8 @@ func (f *finder) machines() {
 	k := groupOf(c.Isolation, c.Project)
 	g := s.groups[k]
 	others := len(s.machines) - s.perKind[c.Isolation]
-	f.turnedAway("machine", "", miss{rule: RuleIsolation}, others)
-	f.turnedAway("machine", "", miss{rule: RuleProject}, s.perKind[c.Isolation]-g.size())
+	f.turnedAway("machine", "", miss{rule: RuleIsolation, detail: "of another isolation"}, others)
+	f.turnedAway("machine", "", miss{rule: RuleProject, detail: "of other projects"}, s.perKind[c.Isolation]-g.size())
 	if g == nil {
 		return
 	}
@@ -124,7 +126,7 @@ func (f *finder) machines() {
 		f.turnedAway("machine", "", f.pinRule(), g.size()-seen)
 		return
 	}
-	f.turnedAway("machine", "", miss{rule: RuleDown}, g.closed)
+	f.turnedAway("machine", "", miss{rule: RuleDown, detail: "stopping, or on a host that takes nothing new"}, g.closed)
 	// Free slots first; those that do not work out are counted below.
 	fresh, looked := 0, 0
 	g.free.fitting(c.need, func(m *machine) bool {
