@@ -32,6 +32,7 @@ func Init() {
 	signal.Notify(stop, unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
 	go superviseAgent(log)
+	go serveMonitor(log)
 	go watchUevents(log)
 	go func() {
 		loadList(layout.LateList, log)

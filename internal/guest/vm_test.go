@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ import (
 )
 
 // patience is for emulation on a machine that does other things, too.
-const patience = 4 * time.Minute
+const patience = 90 * time.Second
 
 // vm is a machine that a test started with QEMU itself.
 type vm struct {
@@ -79,9 +80,13 @@ func start(t *testing.T, m guestimage.Manifest, memory []string, extra ...string
 		}
 	}
 	args = append(args, "-machine", machine)
+	for i := range extra {
+		extra[i] = strings.Replace(extra[i], "KEYHOLE", v.file("keyhole"), 1)
+	}
 	v.cmd = exec.Command("qemu-system-x86_64", append(args, extra...)...)
 	var out bytes.Buffer
 	v.cmd.Stdout, v.cmd.Stderr = &out, &out
+	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	v.began = time.Now()
 	if err := v.cmd.Start(); err != nil {
 		t.Fatal(err)

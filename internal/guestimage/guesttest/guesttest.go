@@ -25,25 +25,45 @@ import (
 	"tandem/internal/guestimage"
 )
 
-var (
+// result is what became of building with one main package.
+type result struct {
 	once  sync.Once
 	built guestimage.Manifest
-	fault error
+	err   error
+}
+
+var (
+	mu      sync.Mutex
+	results = map[string]*result{}
 )
 
 // Image builds tandem-guest, runc and the guest image, or finds them built. It
 // fails the test if that cannot be done.
 func Image(t testing.TB) guestimage.Manifest {
 	t.Helper()
-	once.Do(func() {
+	return ImageOf(t, "./cmd/tandem-guest")
+}
+
+// ImageOf is Image with another main package in tandem-guest's place, given
+// relative to the module's root: one that does more, for tests to look inside.
+func ImageOf(t testing.TB, main string) guestimage.Manifest {
+	t.Helper()
+	mu.Lock()
+	r := results[main]
+	if r == nil {
+		r = &result{}
+		results[main] = r
+	}
+	mu.Unlock()
+	r.once.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 		defer cancel()
-		built, fault = build(ctx, t.Logf)
+		r.built, r.err = build(ctx, main, t.Logf)
 	})
-	if fault != nil {
-		t.Fatalf("guest image: %v", fault)
+	if r.err != nil {
+		t.Fatalf("guest image: %v", r.err)
 	}
-	return built
+	return r.built
 }
 
 // Runc is the path of the static runc on this host that the guest has, too.
@@ -76,7 +96,7 @@ func cacheDir() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-func build(ctx context.Context, logf func(string, ...any)) (guestimage.Manifest, error) {
+func build(ctx context.Context, main string, logf func(string, ...any)) (guestimage.Manifest, error) {
 	cache, err := cacheDir()
 	if err != nil {
 		return guestimage.Manifest{}, err
@@ -91,8 +111,8 @@ func build(ctx context.Context, logf func(string, ...any)) (guestimage.Manifest,
 	if err != nil {
 		return guestimage.Manifest{}, err
 	}
-	guest := filepath.Join(cache, "tandem-guest")
-	if err := gobuild(ctx, root(), guest, []string{"CGO_ENABLED=0"}, "-trimpath", "-ldflags", "-s -w", "./cmd/tandem-guest"); err != nil {
+	guest := filepath.Join(cache, filepath.Base(main))
+	if err := gobuild(ctx, root(), guest, []string{"CGO_ENABLED=0"}, "-trimpath", "-ldflags", "-s -w", main); err != nil {
 		return guestimage.Manifest{}, err
 	}
 	// The image is a function of these; building it takes longer than looking.
