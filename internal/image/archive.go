@@ -125,7 +125,7 @@ func archiveReadError(err error, name string) error {
 		return fmt.Errorf("archive: %w", err)
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return badArchive("truncated after file %q", name)
+		return badArchive("truncated in file %q", name)
 	}
 	return badArchive("broken after file %q: %v", name, err)
 }
@@ -142,11 +142,17 @@ func archiveName(name string) (string, error) {
 // archiveFile reads one file. What looks like a layer is staged as one: whether
 // it is one is known only when the manifest has been seen, which may be last.
 func (s *LocalStore) archiveFile(ctx context.Context, a *archive, name string, size int64, r io.Reader) (*archiveFile, error) {
-	in := &source{ctx: ctx, r: r, sum: sha256.New()}
+	in := &source{ctx: ctx, sum: sha256.New(), r: readerFunc(func(p []byte) (int, error) {
+		n, err := r.Read(p)
+		if err != nil && !errors.Is(err, io.EOF) {
+			err = archiveReadError(err, name)
+		}
+		return n, err
+	})}
 	buf := bufio.NewReaderSize(in, 1<<18)
 	peek, err := buf.Peek(512)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, archiveReadError(err, name)
+		return nil, err
 	}
 	f := &archiveFile{size: size}
 	if looksLikeLayer(peek) {
@@ -157,14 +163,14 @@ func (s *LocalStore) archiveFile(ctx context.Context, a *archive, name string, s
 	} else if size <= maxConfigBytes {
 		var b bytes.Buffer
 		if _, err := io.Copy(&b, buf); err != nil {
-			return nil, archiveReadError(err, name)
+			return nil, err
 		}
 		f.data = b.Bytes()
 	} else {
 		f.err = badArchive("file %q is no tar, gzip or zstd stream", name)
 	}
 	if _, err := io.Copy(io.Discard, buf); err != nil {
-		return nil, archiveReadError(err, name)
+		return nil, err
 	}
 	if f.data == nil && f.layer == nil && f.err == nil {
 		f.data = []byte{}

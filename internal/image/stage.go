@@ -183,10 +183,11 @@ func (s *source) Read(p []byte) (int, error) {
 		s.told = s.n
 		s.onBytes(s.n)
 	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		return n, &sourceError{err}
+	var known *sourceError
+	if err == nil || errors.Is(err, io.EOF) || errors.As(err, &known) || errors.Is(err, errdefs.ErrInvalidArgument) {
+		return n, err
 	}
-	return n, err
+	return n, &sourceError{err}
 }
 
 func (s *source) verify(o stageOptions) error {
