@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/store"
 )
 
 // The conditions of depends_on.
@@ -96,4 +97,14 @@ func waitsFor(c *v1.Container, services map[svcKey]*v1.Service, groups map[svcKe
 		}
 	}
 	return ""
+}
+
+// WaitsFor says what a container's first start still waits for, in words; ""
+// when nothing.
+func (c *Controller) WaitsFor(x *v1.Container, snap *store.Snapshot) string {
+	services := map[svcKey]*v1.Service{}
+	for _, s := range snap.Services {
+		services[svcKey{s.Meta.Project, s.Meta.Name}] = s
+	}
+	return waitsFor(x, services, byService(snap.Containers))
 }

@@ -1,0 +1,526 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/control"
+	"tandem/internal/store"
+)
+
+type containers struct{ s *Server }
+
+// List implements ContainerService.
+func (k *containers) List(_ context.Context, req *connect.Request[v1.ListContainersRequest]) (*connect.Response[v1.ListContainersResponse], error) {
+	r := req.Msg
+	out := &v1.ListContainersResponse{}
+	for _, c := range store.List[*v1.Container](k.s.store, r.GetProject()) {
+		if !r.All && !alive(c) || len(r.Services) > 0 && !slices.Contains(r.Services, c.Service) || !hasLabels(c, r.Labels) {
+			continue
+		}
+		out.Containers = append(out.Containers, public(c))
+	}
+	return connect.NewResponse(out), nil
+}
+
+// alive is what `ps` shows without --all.
+func alive(c *v1.Container) bool {
+	switch c.GetStatus().GetState() {
+	case v1.ContainerState_CONTAINER_STATE_EXITED, v1.ContainerState_CONTAINER_STATE_CREATED:
+		return false
+	case v1.ContainerState_CONTAINER_STATE_PENDING, v1.ContainerState_CONTAINER_STATE_FAILED:
+		return !c.Stopped
+	}
+	return true
+}
+
+func hasLabels(c *v1.Container, want map[string]string) bool {
+	for k, v := range want {
+		got, ok := c.GetSpec().GetLabels()[k]
+		if !ok || v != "" && got != v {
+			return false
+		}
+	}
+	return true
+}
+
+// Inspect implements ContainerService.
+func (k *containers) Inspect(_ context.Context, req *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.Container], error) {
+	c, err := k.s.container(req.Msg.GetContainer(), req.Msg.GetProject())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(public(c)), nil
+}
+
+// Create implements ContainerService.
+func (k *containers) Create(ctx context.Context, req *connect.Request[v1.CreateContainerRequest]) (*connect.Response[v1.Container], error) {
+	s, r := k.s, req.Msg
+	project := cmp.Or(r.GetProject(), DefaultProject)
+	if err := checkProjectName(project); err != nil {
+		return nil, err
+	}
+	p := &problems{}
+	if r.Spec == nil {
+		r.Spec = &v1.ContainerSpec{}
+	}
+	if r.Name != "" && !objectName.MatchString(r.Name) {
+		p.add("container name %.80q is malformed: letters, digits and _.- only", r.Name)
+	}
+	if r.Service != "" && !serviceName.MatchString(r.Service) {
+		p.add("service name %.80q is malformed", r.Service)
+	}
+	p.spec(r.Spec)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	unlock, err := s.locks.lock(ctx, "project "+project)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	now := timestamppb.New(s.clock.Now())
+	id := s.ctl.NewID(16)
+	c := &v1.Container{
+		Meta:    &v1.Meta{Id: id, Project: project, Name: cmp.Or(r.Name, "c-"+id[:10]), CreatedAt: now, Generation: 1},
+		Service: r.Service, OneOff: r.Service != "", Spec: proto.Clone(r.Spec).(*v1.ContainerSpec), Stopped: !r.Start,
+		Status: &v1.ContainerStatus{State: v1.ContainerState_CONTAINER_STATE_PENDING, CreatedAt: now},
+	}
+	if !r.Start {
+		c.Status.State = v1.ContainerState_CONTAINER_STATE_CREATED
+	}
+	err = s.again(func() error {
+		if r.Start {
+			if err := s.portsFree(c); err != nil {
+				return err
+			}
+		}
+		tx := s.store.Txn()
+		if err := s.surround(tx, c); err != nil {
+			return err
+		}
+		_, err := tx.Create(c).Commit(ctx)
+		return err
+	})
+	if err != nil {
+		if errdefs.IsAlreadyExists(err) && strings.Contains(err.Error(), "container ") {
+			return nil, fmt.Errorf("there is a container %s already: remove it (`tandem rm %s`) or choose another name: %w", c.Meta.Name, c.Meta.Name, errdefs.ErrAlreadyExists)
+		}
+		return nil, err
+	}
+	return connect.NewResponse(public(c)), nil
+}
+
+// portsFree says which container has a port that c publishes.
+func (s *Server) portsFree(c *v1.Container) error {
+	mine := func(o *v1.Container) bool {
+		return o.Meta.Id == c.Meta.Id || (c.Service != "" && !c.OneOff && o.Service == c.Service && o.Meta.Project == c.Meta.Project && !o.OneOff)
+	}
+	p := portConflicts(store.List[*v1.Container](s.store, ""), map[string]*v1.ContainerSpec{c.Meta.Name: c.Spec}, mine)
+	if len(p.list) > 0 {
+		return fmt.Errorf("%s: %w", strings.Join(p.list, "; "), errdefs.ErrAlreadyExists)
+	}
+	return nil
+}
+
+// surround makes what a single container needs and Compose would declare: its
+// project, networks and volumes.
+func (s *Server) surround(tx *store.Txn, c *v1.Container) error {
+	project := c.Meta.Project
+	now := timestamppb.New(s.clock.Now())
+	p, err := store.Get[*v1.Project](s.store, projectKey(project))
+	switch {
+	case errdefs.IsNotFound(err):
+		tx.Create(&v1.Project{Meta: &v1.Meta{Id: "p-" + s.ctl.NewID(8), Name: project, CreatedAt: now, Generation: 1}})
+	case err != nil:
+		return err
+	case p.Meta.Deleting:
+		return fmt.Errorf("project %s is being removed: try again in a moment: %w", project, errdefs.ErrFailedPrecondition)
+	}
+	for _, n := range control.Attachments(c.Spec) {
+		have, err := store.Get[*v1.Network](s.store, store.Key{Kind: store.Networks, Project: project, Name: n})
+		switch {
+		case err == nil && !have.Meta.Deleting:
+			continue
+		case err == nil:
+			return fmt.Errorf("network %s is being removed: try again in a moment: %w", n, errdefs.ErrFailedPrecondition)
+		case !errdefs.IsNotFound(err):
+			return err
+		case n != "default":
+			return fmt.Errorf("project %s has no network %s: %w", project, n, errdefs.ErrNotFound)
+		}
+		cidr, err := s.ctl.Carver(store.List[*v1.Network](s.store, "")).Take("")
+		if err != nil {
+			return err
+		}
+		tx.Create(&v1.Network{Meta: &v1.Meta{Id: "n-" + s.ctl.NewID(6), Project: project, Name: n, CreatedAt: now, Generation: 1}, Cidr: cidr})
+	}
+	for _, n := range slices.Compact(slices.Sorted(slices.Values(control.NamedVolumes(c.Spec)))) {
+		v, err := store.Get[*v1.Volume](s.store, store.Key{Kind: store.Volumes, Project: project, Name: n})
+		switch {
+		case err == nil && v.Meta.Deleting:
+			return fmt.Errorf("volume %s is being removed: try again in a moment: %w", n, errdefs.ErrFailedPrecondition)
+		case errdefs.IsNotFound(err):
+			tx.Create(s.newVolume(project, n, 0, nil))
+		case err != nil:
+			return err
+		}
+	}
+	return nil
+}
+
+// change writes what fn does to each selected container, in one transaction.
+func (s *Server) change(ctx context.Context, sel *v1.Selector, fn func(*v1.Container) error) ([]*v1.Container, error) {
+	var ids []string
+	first, err := s.selected(sel)
+	if err != nil {
+		return nil, err
+	}
+	if len(first) == 0 && len(sel.GetContainers()) == 0 && sel.GetProject() == "" {
+		return nil, fmt.Errorf("no container named: %w", errdefs.ErrInvalidArgument)
+	}
+	for _, c := range first {
+		ids = append(ids, c.Meta.Id)
+	}
+	var out []*v1.Container
+	err = s.again(func() error {
+		out = out[:0]
+		tx := s.store.Txn()
+		for _, id := range ids {
+			c, err := store.ByID[*v1.Container](s.store, store.Containers, id)
+			if err != nil {
+				continue // gone meanwhile
+			}
+			if c.Meta.Deleting {
+				if len(sel.GetContainers()) > 0 {
+					return fmt.Errorf("container %s is being removed: %w", c.Meta.Name, errdefs.ErrFailedPrecondition)
+				}
+				continue
+			}
+			n := proto.Clone(c).(*v1.Container)
+			if err := fn(n); err != nil {
+				return err
+			}
+			if !proto.Equal(n, c) {
+				n.Meta.Generation++
+				tx.Update(n)
+			}
+			out = append(out, n)
+		}
+		_, err := tx.Commit(ctx)
+		return err
+	})
+	return out, err
+}
+
+// markServices notes that services were stopped or started as a whole, so that
+// containers made later follow.
+func (s *Server) markServices(ctx context.Context, sel *v1.Selector, stopped bool) error {
+	if sel.GetProject() == "" || len(sel.GetContainers()) > 0 {
+		return nil
+	}
+	return s.again(func() error {
+		tx := s.store.Txn()
+		for _, x := range store.List[*v1.Service](s.store, sel.Project) {
+			if x.Stopped != stopped && !x.Meta.Deleting && (len(sel.Services) == 0 || slices.Contains(sel.Services, x.Meta.Name)) {
+				x = proto.Clone(x).(*v1.Service)
+				x.Stopped = stopped
+				x.Meta.Generation++
+				tx.Update(x)
+			}
+		}
+		_, err := tx.Commit(ctx)
+		return err
+	})
+}
+
+func publicAll(cs []*v1.Container) []*v1.Container {
+	out := make([]*v1.Container, len(cs))
+	for i, c := range cs {
+		out[i] = public(c)
+	}
+	return out
+}
+
+// Start implements ContainerService.
+func (k *containers) Start(ctx context.Context, req *connect.Request[v1.StartContainersRequest]) (*connect.Response[v1.StartContainersResponse], error) {
+	s := k.s
+	sel := req.Msg.GetSelector()
+	if err := s.markServices(ctx, sel, false); err != nil {
+		return nil, err
+	}
+	out, err := s.change(ctx, sel, func(c *v1.Container) error {
+		over := control.Ended(c) || c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_FAILED
+		if c.Stopped {
+			if err := s.portsFree(c); err != nil {
+				return err
+			}
+		}
+		if over {
+			c.RestartGeneration++
+		}
+		c.Stopped, c.Paused = false, false
+		if c.GetAssignment().GetHostId() == "" && c.Status != nil {
+			c.Status.State = v1.ContainerState_CONTAINER_STATE_PENDING
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.StartContainersResponse{Containers: publicAll(out)}), nil
+}
+
+// Stop implements ContainerService.
+func (k *containers) Stop(ctx context.Context, req *connect.Request[v1.StopContainersRequest]) (*connect.Response[v1.StopContainersResponse], error) {
+	s, r := k.s, req.Msg
+	if err := stopTimeout(r); err != nil {
+		return nil, err
+	}
+	if err := s.markServices(ctx, r.Selector, true); err != nil {
+		return nil, err
+	}
+	out, err := s.change(ctx, r.Selector, func(c *v1.Container) error {
+		c.Stopped = true
+		if r.Timeout != nil {
+			c.StopTimeout = r.Timeout
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if r.Wait {
+		out, err = s.waitAll(ctx, out, stopped)
+	}
+	return connect.NewResponse(&v1.StopContainersResponse{Containers: publicAll(out)}), err
+}
+
+func stopTimeout(r *v1.StopContainersRequest) error {
+	p := &problems{}
+	p.duration("timeout", r.Timeout)
+	return p.err()
+}
+
+// stopped says that nothing of a container runs.
+func stopped(c *v1.Container) bool {
+	switch c.GetStatus().GetState() {
+	case v1.ContainerState_CONTAINER_STATE_EXITED, v1.ContainerState_CONTAINER_STATE_CREATED, v1.ContainerState_CONTAINER_STATE_FAILED:
+		return true
+	}
+	return c.GetAssignment().GetHostId() == ""
+}
+
+// Restart implements ContainerService.
+func (k *containers) Restart(ctx context.Context, req *connect.Request[v1.StopContainersRequest]) (*connect.Response[v1.StopContainersResponse], error) {
+	s, r := k.s, req.Msg
+	if err := stopTimeout(r); err != nil {
+		return nil, err
+	}
+	if err := s.markServices(ctx, r.Selector, false); err != nil {
+		return nil, err
+	}
+	out, err := s.change(ctx, r.Selector, func(c *v1.Container) error {
+		c.Stopped, c.Paused = false, false
+		c.RestartGeneration++
+		if r.Timeout != nil {
+			c.StopTimeout = r.Timeout
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if r.Wait {
+		out, err = s.waitAll(ctx, out, func(c *v1.Container) bool {
+			st := c.GetStatus()
+			return st.GetObservedRestartGeneration() >= c.RestartGeneration && (st.GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING || stopped(c))
+		})
+	}
+	return connect.NewResponse(&v1.StopContainersResponse{Containers: publicAll(out)}), err
+}
+
+// Remove implements ContainerService.
+func (k *containers) Remove(ctx context.Context, req *connect.Request[v1.RemoveContainersRequest]) (*connect.Response[v1.RemoveContainersResponse], error) {
+	s, r := k.s, req.Msg
+	sel := r.GetSelector()
+	whole := len(sel.GetContainers()) == 0 // `rm` of a project or service: what is stopped goes
+	removed := &v1.RemoveContainersResponse{}
+	out, err := s.change(ctx, sel, func(c *v1.Container) error {
+		idle := stopped(c) && (c.Stopped || c.Service == "" || c.OneOff || control.Ended(c))
+		if !idle && !r.Force {
+			if whole {
+				return nil
+			}
+			return fmt.Errorf("container %s is %s: stop it first, or use --force: %w", c.Meta.Name, stateWord(c), errdefs.ErrFailedPrecondition)
+		}
+		c.Meta.Deleting = true
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var going []*v1.Container
+	for _, c := range out {
+		if c.Meta.Deleting {
+			going = append(going, c)
+			removed.Removed = append(removed.Removed, c.Meta.Name)
+		}
+	}
+	if r.Wait {
+		if _, err := s.waitAll(ctx, going, func(*v1.Container) bool { return false }); err != nil {
+			return nil, err
+		}
+	}
+	if r.Volumes {
+		s.log.Debug("anonymous volumes go with their container")
+	}
+	return connect.NewResponse(removed), nil
+}
+
+// waitAll returns when ok holds for each container, or it is gone.
+func (s *Server) waitAll(ctx context.Context, cs []*v1.Container, ok func(*v1.Container) bool) ([]*v1.Container, error) {
+	out := slices.Clone(cs)
+	for {
+		_, changed := s.store.Changed()
+		left := ""
+		for i, c := range out {
+			n, err := store.ByID[*v1.Container](s.store, store.Containers, c.Meta.Id)
+			if err != nil {
+				continue
+			}
+			out[i] = n
+			if !ok(n) {
+				left = n.Meta.Name
+			}
+		}
+		if left == "" {
+			return out, nil
+		}
+		select {
+		case <-ctx.Done():
+			return out, fmt.Errorf("waiting for %s: %w", left, ctx.Err())
+		case <-s.store.Failed():
+			return out, s.store.Err()
+		case <-changed:
+		}
+	}
+}
+
+// Pause implements ContainerService.
+func (k *containers) Pause(ctx context.Context, req *connect.Request[v1.PauseContainersRequest]) (*connect.Response[v1.PauseContainersResponse], error) {
+	_, err := k.s.change(ctx, req.Msg.GetSelector(), func(c *v1.Container) error {
+		st := c.GetStatus().GetState()
+		if !req.Msg.Resume && st != v1.ContainerState_CONTAINER_STATE_RUNNING && st != v1.ContainerState_CONTAINER_STATE_PAUSED {
+			return fmt.Errorf("container %s is %s: only a running one can be paused: %w", c.Meta.Name, stateWord(c), errdefs.ErrFailedPrecondition)
+		}
+		c.Paused = !req.Msg.Resume
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.PauseContainersResponse{}), nil
+}
+
+// Update implements ContainerService. Only what is given changes.
+func (k *containers) Update(ctx context.Context, req *connect.Request[v1.UpdateContainerRequest]) (*connect.Response[v1.Container], error) {
+	s, r := k.s, req.Msg
+	p := &problems{}
+	p.resources(r.Resources)
+	p.restart(r.Restart, false)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	out, err := s.change(ctx, &v1.Selector{Containers: []string{r.Container}, Project: r.Project}, func(c *v1.Container) error {
+		if r.Resources != nil {
+			if err := s.fits(c, r.Resources); err != nil {
+				return err
+			}
+			c.Spec.Resources = r.Resources
+		}
+		if r.Restart != nil {
+			c.Spec.Restart = r.Restart
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(public(out[0])), nil
+}
+
+// fits says whether a container that is placed may reserve so much where it is.
+func (s *Server) fits(c *v1.Container, r *v1.Resources) error {
+	m, err := store.ByID[*v1.Machine](s.store, store.Machines, c.GetAssignment().GetMachineId())
+	if err != nil {
+		return nil // on metal, or nowhere yet
+	}
+	need, ceiling := s.machineNeeds(m, c.Meta.Id), m.GetCeiling()
+	want := control.Request(r)
+	need.CpuMilli += want.CpuMilli
+	need.MemoryBytes += want.MemoryBytes
+	if ceiling.GetMemoryBytes() > 0 && (need.MemoryBytes > ceiling.MemoryBytes || need.CpuMilli > ceiling.GetCpuMilli()) {
+		return fmt.Errorf("machine %s can become %s at most, and would need %s: create the container anew with these limits: %w", m.Meta.Name, sizeText(ceiling), sizeText(need), errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// Wait implements ContainerService.
+func (k *containers) Wait(ctx context.Context, req *connect.Request[v1.WaitContainerRequest]) (*connect.Response[v1.WaitContainerResponse], error) {
+	s, r := k.s, req.Msg
+	done := map[string]func(*v1.Container) bool{
+		"exited": func(c *v1.Container) bool {
+			return control.Ended(c) || c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_FAILED
+		},
+		"running": func(c *v1.Container) bool {
+			return c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING
+		},
+		"healthy": control.Ready,
+		"removed": func(*v1.Container) bool { return false },
+	}[cmp.Or(r.Condition, "exited")]
+	if done == nil {
+		return nil, fmt.Errorf("condition %.20q is not one of %s: %w", r.Condition, strings.Join(slices.Sorted(maps.Keys(map[string]int{"exited": 0, "running": 0, "healthy": 0, "removed": 0})), ", "), errdefs.ErrInvalidArgument)
+	}
+	c, err := s.container(r.Container, r.Project)
+	if err != nil {
+		return nil, err
+	}
+	id := c.Meta.Id
+	for {
+		_, changed := s.store.Changed()
+		n, err := store.ByID[*v1.Container](s.store, store.Containers, id)
+		gone := err != nil
+		if !gone {
+			c = n
+		} else if last := s.ctl.Removed(id); last != nil {
+			c = last
+		}
+		over := c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_FAILED || control.Ended(c)
+		switch {
+		case gone && (r.Condition == "removed" || r.Condition == "" || r.Condition == "exited"), !gone && done(c):
+			return connect.NewResponse(&v1.WaitContainerResponse{Container: public(c), ExitCode: c.GetStatus().GetExitCode()}), nil
+		case gone:
+			return nil, fmt.Errorf("container %s was removed: %w", c.Meta.Name, errdefs.ErrNotFound)
+		case over && r.Condition != "removed":
+			return nil, fmt.Errorf("container %s will not be %s: it is %s (exit code %d) %s: %w", c.Meta.Name, r.Condition, stateWord(c), c.Status.ExitCode, c.Status.Message, errdefs.ErrFailedPrecondition)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-s.store.Failed():
+			return nil, s.store.Err()
+		case <-changed:
+		}
+	}
+}
