@@ -28,7 +28,10 @@ func RunAgent() error {
 	if err != nil {
 		log.Error("identity", "error", err)
 	}
-	s := newService(log, id)
+	s := newService(log, id, newContainers(log, openRuntime(log)))
+	if id.configured() {
+		go s.containers.keepStarting(ctx)
+	}
 	l := session.NewListener(newPortOpener().open, session.WithErrors(func(err error) { log.Info("agent channel", "error", err) }))
 	context.AfterFunc(ctx, func() { l.Close() })
 	return serve(ctx, l, s.handler(), log)
@@ -57,5 +60,6 @@ func handlerOptions() []connect.HandlerOption {
 func (s *service) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(tandemv1connect.NewGuestServiceHandler(s, handlerOptions()...))
+	mux.Handle(s.containers.path(), s.containers)
 	return mux
 }

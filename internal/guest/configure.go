@@ -71,6 +71,9 @@ func (s *service) Configure(ctx context.Context, r *connect.Request[v1.Configure
 		return nil, err
 	}
 	s.id = next
+	if err := s.containers.start(ctx); err != nil {
+		return nil, err // the identity stays; Configure again
+	}
 	return connect.NewResponse(&v1.ConfigureResponse{GuestId: next.GuestID}), nil
 }
 

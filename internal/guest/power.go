@@ -31,7 +31,7 @@ func (s *service) Shutdown(ctx context.Context, r *connect.Request[v1.ShutdownRe
 	// Whoever asked may go meanwhile: what was begun is ended.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
-	s.stopContainers(ctx, timeout)
+	s.containers.stopAll(ctx, timeout)
 	sig := unix.SIGTERM
 	if r.Msg.Reboot {
 		sig = unix.SIGINT
@@ -44,6 +44,3 @@ func (s *service) Shutdown(ctx context.Context, r *connect.Request[v1.ShutdownRe
 	})
 	return connect.NewResponse(&v1.ShutdownResponse{}), nil
 }
-
-// stopContainers asks every container to end, all at the same time.
-func (s *service) stopContainers(ctx context.Context, grace time.Duration) {}

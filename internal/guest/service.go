@@ -21,8 +21,9 @@ const Protocol = 1
 
 // service is GuestService.
 type service struct {
-	log     *slog.Logger
-	started time.Duration // uptime when the agent began
+	log        *slog.Logger
+	containers *containers
+	started    time.Duration // uptime when the agent began
 
 	mu sync.Mutex // serialises what changes the guest
 	id identity
@@ -30,8 +31,8 @@ type service struct {
 
 var _ tandemv1connect.GuestServiceHandler = (*service)(nil)
 
-func newService(log *slog.Logger, id identity) *service {
-	return &service{log: log, id: id, started: uptime()}
+func newService(log *slog.Logger, id identity, c *containers) *service {
+	return &service{log: log, containers: c, id: id, started: uptime()}
 }
 
 // uptime counts also while the machine sleeps.
