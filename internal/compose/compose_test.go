@@ -188,6 +188,11 @@ func TestHostileFiles(t *testing.T) {
 		"binary": "\x00\x01\xff",
 		"cycle":  "services: {s: &s {image: x, labels: *s}}",
 		"loop":   "services: {a: {image: x, depends_on: [b]}, b: {image: x, depends_on: [a]}}",
+		"zero":   "services: {a: {image: x, env_file: [/dev/zero]}}",
+		"label":  "services: {a: {image: x, label_file: /dev/zero}}",
+		"base":   "services: {a: {extends: {file: /dev/zero, service: x}}}",
+		"inc":    "include: [/dev/zero]\nservices: {a: {image: x}}",
+		"secret": "services: {a: {image: x, secrets: [s]}}\nsecrets: {s: {file: /dev/zero}}",
 		"self":   "include: [compose.yaml]\nservices: {a: {image: x}}",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -60,7 +61,10 @@ type Project struct {
 // Load reads Compose files. All problems are reported at once, see Error.
 func Load(ctx context.Context, o Options) (p *Project, err error) {
 	defer func() {
-		if r := recover(); r != nil { // the reader met a file that it did not expect
+		r := recover()
+		if u, ok := r.(unfit); ok {
+			p, err = nil, fmt.Errorf("read Compose files: %w", u.error)
+		} else if r != nil { // the reader met a file that it did not expect
 			p, err = nil, fmt.Errorf("read Compose files: malformed model (%v): %w", r, errdefs.ErrInvalidArgument)
 		}
 	}()
@@ -101,6 +105,7 @@ func read(ctx context.Context, o Options, r *report) (*types.Project, map[string
 	}
 	done := quiet(r)
 	defer done()
+	g := &guard{}
 	options, err := cli.NewProjectOptions(o.Files,
 		cli.WithWorkingDirectory(o.WorkingDir),
 		cli.WithEnv(o.Env),
@@ -113,6 +118,9 @@ func read(ctx context.Context, o Options, r *report) (*types.Project, map[string
 		cli.WithDefaultProfiles(o.Profiles...),
 		cli.WithName(o.ProjectName),
 		cli.WithoutUnnecessaryResources,
+		cli.WithoutEnvironmentResolution,
+		cli.WithoutLabelsResolution,
+		cli.WithResourceLoader(g),
 		cli.WithLoadOptions(
 			func(l *loader.Options) { l.MaxNodeVisits = maxNodes },
 			loader.WithUnsupportedAttributesCheck(patterns, found),
@@ -126,12 +134,22 @@ func read(ctx context.Context, o Options, r *report) (*types.Project, map[string
 		return nil, nil, fmt.Errorf("no compose.yaml or docker-compose.yml here or in a directory above; name one with -f: %w", errdefs.ErrNotFound)
 	}
 	for _, f := range options.ConfigPaths {
-		if info, err := os.Stat(f); f != "-" && err == nil && info.Size() > MaxFile {
-			return nil, nil, fmt.Errorf("%s has %d bytes, more than %d: %w", f, info.Size(), MaxFile, errdefs.ErrInvalidArgument)
+		if f == "-" {
+			continue
 		}
+		if err := checkFile(f); err != nil {
+			return nil, nil, err
+		}
+		g.dirs = append(g.dirs, filepath.Dir(f))
+	}
+	if o.WorkingDir != "" {
+		g.dirs = append(g.dirs, options.WorkingDir)
 	}
 	project, err := options.LoadProject(ctx)
 	if err != nil {
+		return nil, nil, classify(err)
+	}
+	if project, err = resolveFiles(project); err != nil {
 		return nil, nil, classify(err)
 	}
 	r.problems = append(r.problems, fresh...)
