@@ -74,6 +74,10 @@ func setup() error {
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return fmt.Errorf("proc: %w", err)
 	}
+	// Shows this box's interfaces; the one outside shows the machine's.
+	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
+		return fmt.Errorf("sysfs: %w", err)
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
