@@ -68,8 +68,8 @@ func (e *remote) Unwrap() error { return e.class }
 // and its like, and prints without codes.
 func FromConnect(err error) error {
 	var ce *connect.Error
-	if err == nil || !errors.As(err, &ce) {
-		return err
+	if err == nil || errors.Is(err, io.EOF) || !errors.As(err, &ce) {
+		return err // Connect tells the end of a stream by io.EOF inside its error
 	}
 	class := map[connect.Code]error{
 		connect.CodeCanceled:           context.Canceled,
