@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -82,13 +83,35 @@ func (r *rig) machineStatus(id string) *v1.MachineStatus {
 	return r.a.hub.machines[id]
 }
 
+// peek looks at the world while nobody changes it.
+func (r *rig) peek(ok func() bool) bool {
+	synctest.Wait()
+	w := r.w
+	for _, mu := range []*sync.Mutex{&w.drv.mu, &w.rt.mu, &w.imgs.mu, &w.vols.mu, &w.net.mu} {
+		mu.Lock()
+		defer mu.Unlock()
+	}
+	for _, m := range w.drv.ms {
+		if m.rt != nil {
+			m.rt.mu.Lock()
+			defer m.rt.mu.Unlock()
+		}
+	}
+	return ok()
+}
+
+// starts is how often the driver started a machine.
+func (r *rig) starts() (n int) {
+	r.peek(func() bool { n = len(r.w.drv.starts); return true })
+	return n
+}
+
 // until lets time pass until ok, at most d.
 func (r *rig) until(d time.Duration, what string, ok func() bool) time.Duration {
 	r.t.Helper()
 	begin := time.Now()
 	for {
-		synctest.Wait()
-		if ok() {
+		if r.peek(ok) {
 			return time.Since(begin)
 		}
 		if time.Since(begin) >= d {
@@ -167,8 +190,6 @@ func TestFirstContainerByClone(t *testing.T) {
 // clean names what is left of machines and containers, or "".
 func (r *rig) clean() string {
 	w := r.w
-	w.drv.mu.Lock()
-	defer w.drv.mu.Unlock()
 	switch {
 	case len(w.drv.ms) > 0:
 		return "machine"
@@ -259,7 +280,7 @@ func TestStopStartRemove(t *testing.T) {
 		r.spec.Volumes = []*v1.VolumeAssignment{{Id: "v-1", Name: "data", SizeBytes: 1 << 30}}
 		r.apply()
 		r.until(time.Second, "running", r.state("c-1", running))
-		if len(r.w.vols.vols) != 2 || r.w.vols.used["v-1"] != "metal" {
+		if r.peek(func() bool { return len(r.w.vols.vols) != 2 || r.w.vols.used["v-1"] != "metal" }) {
 			t.Errorf("volumes: %v %v", r.w.vols.vols, r.w.vols.used)
 		}
 		c.Stopped = true
@@ -284,20 +305,20 @@ func TestStopStartRemove(t *testing.T) {
 		c.Spec.Resources = &v1.Resources{MemoryBytesLimit: 1 << 28}
 		r.apply()
 		r.until(time.Second, "updated", func() bool { return r.status("c-1").ObservedGeneration == 2 })
-		if r.w.rt.creates != 1 || r.w.rt.cs["c-1"].spec.Resources.MemoryBytesLimit != 1<<28 {
+		if r.peek(func() bool { return r.w.rt.creates != 1 || r.w.rt.cs["c-1"].spec.Resources.MemoryBytesLimit != 1<<28 }) {
 			t.Errorf("update: %d creates", r.w.rt.creates)
 		}
 		c.Generation++
 		c.Spec.Env = []string{"B=2"}
 		r.apply()
 		r.until(time.Second, "made anew", func() bool { return r.status("c-1").ObservedGeneration == 3 && r.state("c-1", running)() })
-		if r.w.rt.creates != 2 {
+		if r.peek(func() bool { return r.w.rt.creates != 2 }) {
 			t.Errorf("recreate: %d creates", r.w.rt.creates)
 		}
 		r.spec.Containers = nil
 		r.apply()
 		r.until(5*time.Second, "removed", func() bool { return len(r.w.rt.cs) == 0 && len(r.w.vols.used) == 0 && len(r.w.imgs.leases) == 0 })
-		if _, ok := r.w.vols.vols["v-1"]; !ok || len(r.w.vols.vols) != 1 {
+		if r.peek(func() bool { return r.w.vols.vols["v-1"].ID == "" || len(r.w.vols.vols) != 1 }) {
 			t.Errorf("the named volume stays, the anonymous one goes: %v", r.w.vols.vols)
 		}
 		r.spec.Volumes = nil
@@ -313,7 +334,7 @@ func TestHold(t *testing.T) {
 		r.apply()
 		r.until(time.Second, "created", r.state("c-1", v1.ContainerState_CONTAINER_STATE_CREATED))
 		time.Sleep(time.Minute)
-		if r.w.rt.cs["c-1"].run != 0 {
+		if r.peek(func() bool { return r.w.rt.cs["c-1"].run != 0 }) {
 			t.Error("it was started")
 		}
 		c.Hold = false
@@ -333,8 +354,8 @@ func TestImageThatCanNotBePulled(t *testing.T) {
 			t.Errorf("message %q", st.Message)
 		}
 		time.Sleep(10 * time.Minute)
-		if n := r.w.imgs.pulls; n < 8 || n > 20 {
-			t.Errorf("%d pulls in 10 minutes", n)
+		if r.peek(func() bool { return r.w.imgs.pulls < 8 || r.w.imgs.pulls > 20 }) {
+			t.Errorf("%d pulls in 10 minutes", r.w.imgs.pulls)
 		}
 		r.w.imgs.mu.Lock()
 		img := &v1.Image{Id: "sha256:o", Config: &v1.ImageConfig{Entrypoint: []string{"sleep"}}}
@@ -386,7 +407,7 @@ func TestAgentRestart(t *testing.T) {
 		r.until(5*time.Second, "running", func() bool {
 			return r.state("c-1", running)() && r.state("c-2", running)() && r.state("c-3", running)()
 		})
-		starts := len(r.w.drv.starts)
+		starts := r.starts()
 		r.stop()
 		time.Sleep(2 * time.Minute) // two exit meanwhile
 		r.start()
@@ -399,7 +420,7 @@ func TestAgentRestart(t *testing.T) {
 			t.Errorf("c-3: %v", st)
 		}
 		r.until(time.Second, "still running", r.state("c-1", running))
-		if r.w.drv.ms["m-1"].rt.cs["c-1"].run != 1 || len(r.w.drv.starts) != starts {
+		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.cs["c-1"].run != 1 || len(r.w.drv.starts) != starts }) {
 			t.Error("the machine or its container was disturbed")
 		}
 		if st := r.machineStatus("m-1"); st.State != v1.MachineState_MACHINE_STATE_RUNNING || st.StartMethod != "clone" {
@@ -427,12 +448,12 @@ func TestMachineCrash(t *testing.T) {
 			t.Errorf("machine: %v", st)
 		}
 		// again and again: slower and slower
-		before := len(r.w.drv.starts)
+		before := r.starts()
 		for range 200 {
 			r.w.drv.crash("m-1")
 			time.Sleep(time.Second)
 		}
-		if n := len(r.w.drv.starts) - before; n > 20 {
+		if n := r.starts() - before; n > 20 {
 			t.Errorf("started %d times in 200 seconds of crashes", n)
 		}
 		r.until(2*time.Minute, "again", r.state("c-1", running))
@@ -446,7 +467,8 @@ func TestGuestThatHangs(t *testing.T) {
 		r.container("c-1", "m-1")
 		r.apply()
 		r.until(5*time.Second, "running", r.state("c-1", running))
-		g := r.w.drv.ms["m-1"].guest
+		var g *fakeGuest
+		r.peek(func() bool { g = r.w.drv.ms["m-1"].guest; return true })
 		g.mu.Lock()
 		g.hang = true
 		g.mu.Unlock()
@@ -472,11 +494,11 @@ func TestMachineStopAndStart(t *testing.T) {
 		m.Stopped = false
 		r.apply()
 		r.until(20*time.Second, "running", r.state("c-1", running))
-		if r.w.drv.ms["m-1"].rt.creates != 0 {
+		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.creates != 0 }) {
 			t.Error("its writable layer was lost by an orderly stop")
 		}
 		m.RestartGeneration++
-		starts := len(r.w.drv.starts)
+		starts := r.starts()
 		r.apply()
 		r.until(20*time.Second, "restarted", func() bool { return len(r.w.drv.starts) == starts+1 && r.state("c-1", running)() })
 	})
