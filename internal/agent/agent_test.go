@@ -25,7 +25,11 @@ type rig struct {
 	cancel context.CancelFunc
 	done   chan error
 	spec   *v1.HostSpec
+	next   string // state directory of the agent after the one that was killed
+	last   string // what was not right when last looked at
 }
+
+func cloneSpec(s *v1.HostSpec) *v1.HostSpec { return proto.Clone(s).(*v1.HostSpec) }
 
 func newRig(t *testing.T) *rig {
 	r := &rig{t: t, w: newWorld(), dir: t.TempDir(), spec: &v1.HostSpec{ClusterId: "c1"}}
@@ -47,7 +51,9 @@ func (r *rig) start() {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	r.w.gmu.Lock()
+	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), genKey{}, r.w.gen))
+	r.w.gmu.Unlock()
 	r.a, r.cancel, r.done = a, cancel, make(chan error, 1)
 	go func() { r.done <- a.Run(ctx, nil, "") }()
 	synctest.Wait()
@@ -121,7 +127,7 @@ func (r *rig) until(d time.Duration, what string, ok func() bool) time.Duration 
 			for _, m := range r.spec.Machines {
 				r.t.Logf("machine %s: %v", m.Id, r.machineStatus(m.Id))
 			}
-			r.t.Fatalf("not within %s: %s", d, what)
+			r.t.Fatalf("not within %s: %s %s", d, what, r.last)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

@@ -32,12 +32,46 @@ type world struct {
 	imgs *fakeImages
 	vols *fakeVolumes
 	net  *fakeNetwork
+
+	gmu    sync.Mutex
+	gen    int    // the agent that lives; calls of others do nothing
+	killIn int    // calls until it is killed; 0: never
+	after  bool   // that call still takes effect
+	killed func() // keeps what is on disk at that instant
+}
+
+type genKey struct{}
+
+// gate is passed by every call of an agent into the world. It kills the agent at
+// a chosen call: from then on nothing that it does has an effect.
+func (w *world) gate(ctx context.Context) error {
+	gen, ok := ctx.Value(genKey{}).(int)
+	if !ok {
+		return nil
+	}
+	w.gmu.Lock()
+	defer w.gmu.Unlock()
+	dead := fmt.Errorf("this agent was killed: %w", errdefs.ErrUnavailable)
+	if gen != w.gen {
+		return dead
+	}
+	if w.killIn > 0 {
+		if w.killIn--; w.killIn == 0 {
+			w.gen++
+			w.killed()
+			if !w.after {
+				return dead
+			}
+		}
+	}
+	return nil
 }
 
 func newWorld() *world {
 	w := &world{rt: newFakeRuntime(), imgs: newFakeImages(), vols: newFakeVolumes(), net: &fakeNetwork{}}
 	w.drv = &fakeDriver{w: w, ms: map[string]*fakeMachine{}, templates: map[string]bool{}, watchers: map[chan hypervisor.Event]bool{},
 		bootTime: 6 * time.Second, cloneTime: 400 * time.Millisecond, nextPID: 100}
+	w.rt.w, w.imgs.w, w.vols.w, w.net.w = w, w, w, w
 	w.vols.removed = func(id string) {
 		w.drv.mu.Lock()
 		defer w.drv.mu.Unlock()
@@ -50,6 +84,7 @@ func newWorld() *world {
 
 // fakeRuntime runs programs by name: "sleep" for ever, "run DURATION CODE".
 type fakeRuntime struct {
+	w       *world
 	mu      sync.Mutex
 	cs      map[string]*fakeContainer
 	mounts  map[string]bool
@@ -89,6 +124,9 @@ func (r *fakeRuntime) lock() (func(), error) {
 }
 
 func (r *fakeRuntime) Mount(ctx context.Context, m *v1.MountDiskRequest) (string, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return "", gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return "", err
@@ -98,6 +136,9 @@ func (r *fakeRuntime) Mount(ctx context.Context, m *v1.MountDiskRequest) (string
 	return "/mnt/" + m.Id, nil
 }
 func (r *fakeRuntime) Unmount(ctx context.Context, id string) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -119,6 +160,9 @@ func (r *fakeRuntime) Unmount(ctx context.Context, id string) error {
 	return nil
 }
 func (r *fakeRuntime) Create(ctx context.Context, s *v1.RuntimeSpec) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -139,6 +183,9 @@ func (r *fakeRuntime) Create(ctx context.Context, s *v1.RuntimeSpec) error {
 	return nil
 }
 func (r *fakeRuntime) Start(ctx context.Context, id string) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -181,6 +228,9 @@ func (r *fakeRuntime) end(c *fakeContainer, code int32) {
 	r.emit("exit", c)
 }
 func (r *fakeRuntime) Stop(ctx context.Context, id, sig string, grace time.Duration) (*v1.RuntimeStatus, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return nil, err
@@ -194,6 +244,9 @@ func (r *fakeRuntime) Stop(ctx context.Context, id, sig string, grace time.Durat
 	return proto.Clone(c.st).(*v1.RuntimeStatus), nil
 }
 func (r *fakeRuntime) Kill(ctx context.Context, id, signal string, all bool) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -206,6 +259,9 @@ func (r *fakeRuntime) Kill(ctx context.Context, id, signal string, all bool) err
 	return errdefs.ErrNotFound
 }
 func (r *fakeRuntime) Delete(ctx context.Context, id string, force bool) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -235,12 +291,21 @@ func (r *fakeRuntime) setState(id string, st v1.ContainerState) error {
 	return nil
 }
 func (r *fakeRuntime) Pause(ctx context.Context, id string) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	return r.setState(id, v1.ContainerState_CONTAINER_STATE_PAUSED)
 }
 func (r *fakeRuntime) Resume(ctx context.Context, id string) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	return r.setState(id, v1.ContainerState_CONTAINER_STATE_RUNNING)
 }
 func (r *fakeRuntime) Update(ctx context.Context, id string, res *v1.Resources) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return err
@@ -250,6 +315,9 @@ func (r *fakeRuntime) Update(ctx context.Context, id string, res *v1.Resources) 
 	return nil
 }
 func (r *fakeRuntime) Exec(ctx context.Context, s *v1.ExecSpec, io runtime.Streams) (int, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return 0, gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return 0, err
@@ -259,15 +327,27 @@ func (r *fakeRuntime) Exec(ctx context.Context, s *v1.ExecSpec, io runtime.Strea
 	return r.probe(), nil
 }
 func (r *fakeRuntime) Attach(ctx context.Context, s *v1.AttachSpec, io runtime.Streams) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	return nil
 }
 func (r *fakeRuntime) Logs(ctx context.Context, o *v1.LogOptions, fn func(*v1.LogEntry) error) error {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	return fn(&v1.LogEntry{Line: []byte("hello\n")})
 }
 func (r *fakeRuntime) Wait(ctx context.Context, id string) (*v1.RuntimeStatus, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return nil, errdefs.ErrNotImplemented
 }
 func (r *fakeRuntime) List(ctx context.Context) ([]*v1.RuntimeStatus, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return nil, err
@@ -280,10 +360,16 @@ func (r *fakeRuntime) List(ctx context.Context) ([]*v1.RuntimeStatus, error) {
 	return out, nil
 }
 func (r *fakeRuntime) Stats(ctx context.Context, id string) (*v1.Usage, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return &v1.Usage{Pids: 1}, nil
 }
 func (r *fakeRuntime) Top(ctx context.Context, id string) ([]*v1.Process, error) { return nil, nil }
 func (r *fakeRuntime) Events(ctx context.Context) (<-chan *v1.RuntimeEvent, error) {
+	if gerr := r.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	un, err := r.lock()
 	if err != nil {
 		return nil, err
@@ -327,6 +413,7 @@ func (r *fakeRuntime) reboot(keep bool) *fakeRuntime {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := newFakeRuntime()
+	n.w = r.w
 	n.probe = r.probe
 	if !keep {
 		return n
@@ -372,6 +459,9 @@ func (g *fakeGuest) ok(ctx context.Context) error {
 	return nil
 }
 func (g *fakeGuest) Hello(ctx context.Context, r *connect.Request[v1.GuestHelloRequest]) (*connect.Response[v1.GuestHelloResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	select {
 	case <-g.up:
 	case <-g.dead:
@@ -387,6 +477,9 @@ func (g *fakeGuest) Hello(ctx context.Context, r *connect.Request[v1.GuestHelloR
 	return connect.NewResponse(&v1.GuestHelloResponse{Protocol: 1, Version: "test", GuestId: g.id, Configured: g.configured != nil, MachineId: g.configured.GetMachineId()}), nil
 }
 func (g *fakeGuest) Configure(ctx context.Context, r *connect.Request[v1.ConfigureRequest]) (*connect.Response[v1.ConfigureResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	if err := g.ok(ctx); err != nil {
 		return nil, err
 	}
@@ -399,24 +492,42 @@ func (g *fakeGuest) Configure(ctx context.Context, r *connect.Request[v1.Configu
 	return connect.NewResponse(&v1.ConfigureResponse{GuestId: g.id}), nil
 }
 func (g *fakeGuest) ConfigureNetwork(ctx context.Context, r *connect.Request[v1.ConfigureNetworkRequest]) (*connect.Response[v1.ConfigureNetworkResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return connect.NewResponse(&v1.ConfigureNetworkResponse{}), g.ok(ctx)
 }
 func (g *fakeGuest) Ping(ctx context.Context, r *connect.Request[v1.PingRequest]) (*connect.Response[v1.PingResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	if err := g.ok(ctx); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&v1.PingResponse{Nonce: r.Msg.Nonce}), nil
 }
 func (g *fakeGuest) Resources(ctx context.Context, r *connect.Request[v1.GuestResourcesRequest]) (*connect.Response[v1.GuestResourcesResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return connect.NewResponse(&v1.GuestResourcesResponse{Usage: &v1.Usage{MemoryBytes: 1}, OverheadBytes: 100 << 20}), g.ok(ctx)
 }
 func (g *fakeGuest) OfflineCPUs(ctx context.Context, r *connect.Request[v1.OfflineCPUsRequest]) (*connect.Response[v1.OfflineCPUsResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return connect.NewResponse(&v1.OfflineCPUsResponse{Online: r.Msg.Keep}), g.ok(ctx)
 }
 func (g *fakeGuest) Quiesce(ctx context.Context, r *connect.Request[v1.QuiesceRequest]) (*connect.Response[v1.QuiesceResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return connect.NewResponse(&v1.QuiesceResponse{}), g.ok(ctx)
 }
 func (g *fakeGuest) Shutdown(ctx context.Context, r *connect.Request[v1.ShutdownRequest]) (*connect.Response[v1.ShutdownResponse], error) {
+	if gerr := g.rt.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	if err := g.ok(ctx); err != nil {
 		return nil, err
 	}
@@ -460,6 +571,9 @@ func (d *fakeDriver) Capabilities() hypervisor.Capabilities {
 		Clone: true, Base: hypervisor.Size{CPUs: 1, Memory: 256 << 20}, Max: hypervisor.Size{CPUs: 8, Memory: 8 << 30}, MemoryStep: 2 << 20, MaxDisks: 64, MaxNICs: 2}
 }
 func (d *fakeDriver) Create(ctx context.Context, s hypervisor.MachineSpec) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m := d.ms[s.ID]; m != nil {
@@ -472,6 +586,9 @@ func (d *fakeDriver) Create(ctx context.Context, s hypervisor.MachineSpec) error
 	return nil
 }
 func (d *fakeDriver) Start(ctx context.Context, id string, o hypervisor.StartOptions) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m := d.ms[id]
@@ -496,6 +613,7 @@ func (d *fakeDriver) Start(ctx context.Context, id string, o hypervisor.StartOpt
 	m.st.State, m.st.PID, m.st.Size, m.st.StartedAt, m.st.Disks, m.st.NICs, m.st.Template = hypervisor.Running, d.nextPID, d.Capabilities().Base, time.Now(), nil, nil, o.Template
 	if m.rt == nil {
 		m.rt = newFakeRuntime()
+		m.rt.w = d.w
 	} else {
 		m.rt = m.rt.reboot(m.keep)
 	}
@@ -522,6 +640,9 @@ func (d *fakeDriver) crash(id string) {
 	}
 }
 func (d *fakeDriver) Stop(ctx context.Context, id string, o hypervisor.StopOptions) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m := d.ms[id]; m != nil {
@@ -532,6 +653,9 @@ func (d *fakeDriver) Stop(ctx context.Context, id string, o hypervisor.StopOptio
 	return errdefs.ErrNotFound
 }
 func (d *fakeDriver) Delete(ctx context.Context, id string) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m := d.ms[id]; m != nil {
@@ -551,6 +675,9 @@ func (d *fakeDriver) on(id string) (*fakeMachine, error) {
 	return m, nil
 }
 func (d *fakeDriver) Resize(ctx context.Context, id string, want hypervisor.Size) (hypervisor.Size, error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return hypervisor.Size{}, gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -561,6 +688,9 @@ func (d *fakeDriver) Resize(ctx context.Context, id string, want hypervisor.Size
 	return want, nil
 }
 func (d *fakeDriver) AttachDisk(ctx context.Context, id string, k hypervisor.Disk) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -579,6 +709,9 @@ func (d *fakeDriver) AttachDisk(ctx context.Context, id string, k hypervisor.Dis
 	return nil
 }
 func (d *fakeDriver) DetachDisk(ctx context.Context, id, disk string) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -601,6 +734,9 @@ func (d *fakeDriver) DetachDisk(ctx context.Context, id, disk string) error {
 	return nil
 }
 func (d *fakeDriver) AttachNIC(ctx context.Context, id string, n hypervisor.NIC) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -611,12 +747,21 @@ func (d *fakeDriver) AttachNIC(ctx context.Context, id string, n hypervisor.NIC)
 }
 func (d *fakeDriver) DetachNIC(ctx context.Context, id, nic string) error { return nil }
 func (d *fakeDriver) Console(ctx context.Context, id string) (io.ReadWriteCloser, error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return nil, errdefs.ErrNotImplemented
 }
 func (d *fakeDriver) ConsoleLog(ctx context.Context, id string, n int64) ([]byte, error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return nil, nil
 }
 func (d *fakeDriver) Channel(ctx context.Context, id string) (net.Conn, error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -638,6 +783,9 @@ func fakeConnect(ctx context.Context, machine string, ch net.Conn) (*GuestLink, 
 	return &GuestLink{Guest: g, Runtime: g.rt, Done: g.dead, Close: func() {}}, nil
 }
 func (d *fakeDriver) SaveTemplate(ctx context.Context, id, name string) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m, err := d.on(id)
@@ -653,6 +801,9 @@ func (d *fakeDriver) SaveTemplate(ctx context.Context, id, name string) error {
 	return nil
 }
 func (d *fakeDriver) Templates(ctx context.Context) (out []string, err error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for n := range d.templates {
@@ -661,12 +812,18 @@ func (d *fakeDriver) Templates(ctx context.Context) (out []string, err error) {
 	return out, nil
 }
 func (d *fakeDriver) DeleteTemplate(ctx context.Context, name string) error {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.templates, name)
 	return nil
 }
 func (d *fakeDriver) List(ctx context.Context) (out []hypervisor.Status, err error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.ms {
@@ -675,6 +832,9 @@ func (d *fakeDriver) List(ctx context.Context) (out []hypervisor.Status, err err
 	return out, nil
 }
 func (d *fakeDriver) Inspect(ctx context.Context, id string) (hypervisor.Status, error) {
+	if gerr := d.w.gate(ctx); gerr != nil {
+		return hypervisor.Status{}, gerr
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m := d.ms[id]; m != nil {
@@ -700,6 +860,7 @@ func (d *fakeDriver) Close() error { return nil }
 
 // fakeImages has images by name.
 type fakeImages struct {
+	w *world
 	image.Store
 	mu     sync.Mutex
 	have   map[string]*v1.Image
@@ -713,6 +874,9 @@ func newFakeImages() *fakeImages {
 	return &fakeImages{have: map[string]*v1.Image{"app": app, "sha256:app": app}, remote: map[string]*v1.Image{}, leases: map[string][]string{}}
 }
 func (f *fakeImages) Get(ctx context.Context, ref string) (*v1.Image, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if i := f.have[ref]; i != nil {
@@ -721,6 +885,9 @@ func (f *fakeImages) Get(ctx context.Context, ref string) (*v1.Image, error) {
 	return nil, fmt.Errorf("image %s: %w", ref, errdefs.ErrNotFound)
 }
 func (f *fakeImages) Pull(ctx context.Context, ref string, o image.PullOptions) (*v1.Image, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pulls++
@@ -732,21 +899,33 @@ func (f *fakeImages) Pull(ctx context.Context, ref string, o image.PullOptions) 
 	return i, nil
 }
 func (f *fakeImages) Layers(ctx context.Context, id string, p image.ProgressFunc) ([]image.Layer, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	return []image.Layer{{DiffID: "sha256:" + fmt.Sprintf("%064d", 1), Path: "/l1", FSType: "ext4"}, {DiffID: "sha256:" + fmt.Sprintf("%064d", 2), Path: "/l2", FSType: "ext4"}}, nil
 }
 func (f *fakeImages) Lease(ctx context.Context, holder, id string) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.leases[holder] = []string{id}
 	return nil
 }
 func (f *fakeImages) Release(ctx context.Context, holder string) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.leases, holder)
 	return nil
 }
 func (f *fakeImages) Leases(ctx context.Context) (map[string][]string, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := map[string][]string{}
@@ -758,6 +937,7 @@ func (f *fakeImages) Leases(ctx context.Context) (map[string][]string, error) {
 
 // fakeVolumes has volumes in memory.
 type fakeVolumes struct {
+	w    *world
 	mu   sync.Mutex
 	vols map[string]volume.Volume
 	used map[string]string
@@ -769,6 +949,9 @@ func newFakeVolumes() *fakeVolumes {
 	return &fakeVolumes{vols: map[string]volume.Volume{}, used: map[string]string{}}
 }
 func (f *fakeVolumes) Ensure(ctx context.Context, id string, size int64) (volume.Volume, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return volume.Volume{}, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	v := volume.Volume{ID: id, Path: "/v/" + id, SizeBytes: size}
@@ -776,9 +959,15 @@ func (f *fakeVolumes) Ensure(ctx context.Context, id string, size int64) (volume
 	return v, nil
 }
 func (f *fakeVolumes) EnsureScratch(ctx context.Context, id string, size int64) (volume.Volume, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return volume.Volume{}, gerr
+	}
 	return f.Ensure(ctx, id, size)
 }
 func (f *fakeVolumes) Get(ctx context.Context, id string) (volume.Volume, error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return volume.Volume{}, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if v, ok := f.vols[id]; ok {
@@ -787,6 +976,9 @@ func (f *fakeVolumes) Get(ctx context.Context, id string) (volume.Volume, error)
 	return volume.Volume{}, errdefs.ErrNotFound
 }
 func (f *fakeVolumes) List(ctx context.Context) (out []volume.Volume, err error) {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return nil, gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, v := range f.vols {
@@ -795,6 +987,9 @@ func (f *fakeVolumes) List(ctx context.Context) (out []volume.Volume, err error)
 	return out, nil
 }
 func (f *fakeVolumes) Remove(ctx context.Context, id string) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	if f.removed != nil {
 		f.removed(id)
 	}
@@ -807,6 +1002,9 @@ func (f *fakeVolumes) Remove(ctx context.Context, id string) error {
 	return nil
 }
 func (f *fakeVolumes) Use(ctx context.Context, id, holder string) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if h := f.used[id]; h != "" && h != holder {
@@ -816,6 +1014,9 @@ func (f *fakeVolumes) Use(ctx context.Context, id, holder string) error {
 	return nil
 }
 func (f *fakeVolumes) Unuse(ctx context.Context, id, holder string) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.used[id] == holder {
@@ -826,11 +1027,15 @@ func (f *fakeVolumes) Unuse(ctx context.Context, id, holder string) error {
 func (f *fakeVolumes) Close() error { return nil }
 
 type fakeNetwork struct {
+	w     *world
 	mu    sync.Mutex
 	state *network.State
 }
 
 func (f *fakeNetwork) Apply(ctx context.Context, s *network.State) error {
+	if gerr := f.w.gate(ctx); gerr != nil {
+		return gerr
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.state = s
