@@ -231,7 +231,8 @@ func TestHotplug(t *testing.T) {
 	v := bootTest(t)
 	a := v.connect()
 	resources := func() *v1.GuestResourcesResponse { return call(t, a.Resources, &v1.GuestResourcesRequest{}) }
-	eventually(t, "drivers", func() bool { _, err := v.inside().try("read /run/tandem/modules-loaded"); return err == nil })
+	in := v.inside()
+	eventually(t, "drivers", func() bool { _, err := in.try("read /run/tandem/modules-loaded"); return err == nil })
 	before := resources()
 	t.Logf("fresh guest: %d MiB of %d used, overhead %d MiB", before.Usage.MemoryBytes>>20, before.MemoryTotalBytes>>20, before.OverheadBytes>>20)
 	if before.CpusOnline != 1 || before.MemoryTotalBytes < 150<<20 {
@@ -262,7 +263,6 @@ func TestHotplug(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	in := v.inside()
 	routes := in.do("read /proc/net/route")
 	if !strings.Contains(routes, "eth0\t00000000\t0101FEA9") || !strings.Contains(routes, "eth0\t0101FEA9\t00000000") {
 		t.Errorf("routes:\n%s", routes)

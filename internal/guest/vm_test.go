@@ -79,7 +79,7 @@ func start(t *testing.T, m guestimage.Manifest, memory []string, extra ...string
 			break
 		}
 	}
-	args = append(args, "-machine", machine)
+	args = append(args, "-machine", machine) // its options are known now
 	for i := range extra {
 		extra[i] = strings.Replace(extra[i], "KEYHOLE", v.file("keyhole"), 1)
 	}
