@@ -68,8 +68,11 @@ func (e *remote) Unwrap() error { return e.class }
 // and its like, and prints without codes.
 func FromConnect(err error) error {
 	var ce *connect.Error
-	if err == nil || errors.Is(err, io.EOF) || !errors.As(err, &ce) {
-		return err // Connect tells the end of a stream by io.EOF inside its error
+	if errors.Is(err, io.EOF) {
+		return io.EOF // Connect tells the end of a stream by io.EOF inside its error
+	}
+	if err == nil || !errors.As(err, &ce) {
+		return err
 	}
 	class := map[connect.Code]error{
 		connect.CodeCanceled:           context.Canceled,
@@ -117,8 +120,19 @@ func (interceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect
 
 func (interceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, c connect.StreamingHandlerConn) error {
-		return ToConnect(next(ctx, c))
+		return ToConnect(next(ctx, handlerConn{c}))
 	}
+}
+
+// handlerConn gives a handler the plain io.EOF that readers compare with.
+type handlerConn struct{ connect.StreamingHandlerConn }
+
+func (c handlerConn) Receive(m any) error {
+	err := c.StreamingHandlerConn.Receive(m)
+	if errors.Is(err, io.EOF) {
+		return io.EOF
+	}
+	return err
 }
 
 type clientConn struct{ connect.StreamingClientConn }
