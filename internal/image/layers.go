@@ -201,7 +201,7 @@ func (s *LocalStore) convert(ctx context.Context, st *staged, dir string, p Prog
 func (s *LocalStore) commitLayer(st *staged, image string) error {
 	blob, final := s.blobPath(st.rec.Blob), s.layerPath(st.diffID)
 	if st.path != blob {
-		if err := os.Chmod(st.path, 0o444); err != nil {
+		if err := syncFile(st.path); err != nil {
 			return err
 		}
 		if err := os.Rename(st.path, blob); err != nil {
@@ -226,6 +226,19 @@ func (s *LocalStore) commitLayer(st *staged, image string) error {
 		}
 	}
 	return err
+}
+
+// syncFile makes a finished file durable and read-only.
+func syncFile(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Chmod(0o444); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // tarStream is a stored layer, uncompressed.

@@ -111,9 +111,6 @@ func (s *LocalStore) stageTo(ctx context.Context, f *os.File, r io.Reader, o sta
 	if err := in.verify(o); err != nil {
 		return nil, err
 	}
-	if err := f.Sync(); err != nil {
-		return nil, err
-	}
 	st := &staged{path: f.Name(), diffID: digestOf(diff), tree: tree}
 	st.rec = layerRecord{Blob: digestOf(out.sum), BlobSize: out.n, Compression: compression, TarSize: tar.n, Entries: tree.Entries()}
 	if compression == "" {
