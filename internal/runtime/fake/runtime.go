@@ -74,7 +74,7 @@ func (r *Runtime) Create(ctx context.Context, spec *v1.RuntimeSpec) error {
 	c := &container{
 		spec: proto.CloneOf(spec), ended: make(chan struct{}), logMore: make(chan struct{}), gone: make(chan struct{}),
 		clients: map[chan []byte]bool{},
-		st: &v1.RuntimeStatus{Id: spec.Id, State: v1.ContainerState_CONTAINER_STATE_CREATED, CreatedAt: timestamppb.Now(), Labels: spec.Labels},
+		st:      &v1.RuntimeStatus{Id: spec.Id, State: v1.ContainerState_CONTAINER_STATE_CREATED, CreatedAt: timestamppb.Now(), Labels: spec.Labels},
 	}
 	r.ctrs[spec.Id] = c
 	r.publish("create", c)

@@ -1,0 +1,433 @@
+package runtimetest
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/runtime"
+)
+
+// Linux is the suite for implementations that run real programs on a real kernel,
+// with BusyboxImage as the layer.
+func Linux(t *testing.T, tg Target) {
+	for _, c := range []struct {
+		name string
+		fn   func(*testing.T, Target)
+	}{
+		{"isolation", testIsolation}, {"users", testUsers}, {"environment", testEnvironment}, {"capabilities", testCapabilities},
+		{"security", testSecurity}, {"read-only", testReadOnly}, {"files", testFiles}, {"volume", testVolume},
+		{"subpath", testSubpath}, {"tmpfs and devices", testTmpfsDevices}, {"limits", testLimits}, {"out of memory", testOOM},
+		{"stop", testStop}, {"terminal", testTerminal}, {"exec users", testExecUsers}, {"log shapes", testLogShapes},
+		{"writable layer", testWritableLayer}, {"privileged", testPrivileged}, {"ulimits", testUlimits},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.fn(t, tg) })
+	}
+}
+
+func sh(tg Target, script string) *v1.RuntimeSpec { return Spec(tg.Layer, "sh", "-c", script) }
+
+// contains runs a script and wants each of the lines in its output.
+func contains(t *testing.T, tg Target, s *v1.RuntimeSpec, want ...string) string {
+	t.Helper()
+	code, out := run(t, tg, s)
+	if code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	lines := strings.Split(out, "\n")
+	for _, w := range want {
+		if !slices.Contains(lines, w) {
+			t.Errorf("no line %q in:\n%s", w, out)
+		}
+	}
+	return out
+}
+
+func testIsolation(t *testing.T, tg Target) {
+	s := sh(tg, `echo pid $$; hostname; cat /etc/hostname; ls /sys/class/net; cat /run/kept; df -k /dev/shm | tail -1 | awk '{print $2}'; cat /proc/sys/net/ipv4/ip_unprivileged_port_start`)
+	s.Hostname, s.ShmSizeBytes = "web", 8<<20
+	s.ExtraHosts = []string{"db:10.1.2.3"}
+	out := contains(t, tg, s, "pid 1", "web", "image content below /run", "8192", "lo", "0")
+	if strings.Contains(out, "eth") {
+		t.Errorf("a network of the host is visible:\n%s", out)
+	}
+	s = sh(tg, `cat /etc/hosts /etc/resolv.conf`)
+	s.ExtraHosts = []string{"db:10.1.2.3", "six:[::1]"}
+	s.Network = &v1.RuntimeNetwork{Mode: "none", DnsServers: []string{"169.254.1.1"}, DnsSearch: []string{"shop"}, DnsOptions: []string{"ndots:0"}}
+	contains(t, tg, s, "10.1.2.3\tdb", "::1\tsix", "nameserver 169.254.1.1", "search shop", "options ndots:0")
+}
+
+func testUsers(t *testing.T, tg Target) {
+	s := sh(tg, `id -u; id -g; id -G; echo $HOME; touch /home/app/x && echo wrote; touch /etc/x || echo refused`)
+	s.User = "app"
+	contains(t, tg, s, "1000", "1000 2000", "/home/app", "wrote", "refused")
+	s = sh(tg, `id -u; id -g; id -G`)
+	s.User, s.GroupAdd = "1234:extra", []string{"app", "77"}
+	contains(t, tg, s, "1234", "2000", "2000 77 1000")
+	s = sh(tg, "true")
+	s.User = "nobody-here"
+	if err := tg.RT.Create(Context(t), s); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("unknown user: %v", err)
+	}
+	if st := status(t, tg, s.Id); st != nil {
+		t.Errorf("a failed create left %v", st)
+	}
+}
+
+func testEnvironment(t *testing.T, tg Target) {
+	s := sh(tg, `pwd; env; echo "$EMPTY."`)
+	s.Env, s.Cwd = []string{"A=1", "A=2", "PATH=/bin", "EMPTY=", "SPACE=a b"}, "/made/on/the/way"
+	out := contains(t, tg, s, "/made/on/the/way", "A=2", "PATH=/bin", "SPACE=a b", "HOME=/root", ".")
+	if strings.Contains(out, "TERM=") || strings.Contains(out, "A=1\n") {
+		t.Errorf("environment:\n%s", out)
+	}
+}
+
+func testCapabilities(t *testing.T, tg Target) {
+	eff := func(add, drop []string) string {
+		s := sh(tg, `grep CapEff /proc/self/status | cut -f2; grep CapBnd /proc/self/status | cut -f2`)
+		s.CapAdd, s.CapDrop = add, drop
+		_, out := run(t, tg, s)
+		return out
+	}
+	if got := eff(nil, nil); got != strings.Repeat("00000000a80425fb\n", 2) {
+		t.Errorf("default: %s", got)
+	}
+	if got := eff(nil, []string{"ALL"}); got != strings.Repeat("0000000000000000\n", 2) {
+		t.Errorf("drop ALL: %s", got)
+	}
+	if got := eff([]string{"net_admin"}, []string{"all"}); got != strings.Repeat("0000000000001000\n", 2) {
+		t.Errorf("drop ALL, add NET_ADMIN: %s", got)
+	}
+	if got := eff(nil, []string{"CAP_CHOWN"}); got != strings.Repeat("00000000a80425fa\n", 2) {
+		t.Errorf("drop CHOWN: %s", got)
+	}
+	s := sh(tg, "true")
+	s.CapAdd = []string{"FLY"}
+	if err := tg.RT.Create(Context(t), s); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("unknown capability: %v", err)
+	}
+}
+
+func testSecurity(t *testing.T, tg Target) {
+	s := sh(tg, `grep -E 'Seccomp:|NoNewPrivs' /proc/self/status | tr '\t' ' '; unshare -U true 2>/dev/null || echo no-userns; cat /proc/kcore | wc -c; echo 1 2>/dev/null > /proc/sys/kernel/panic || echo ro; mount -t tmpfs x /tmp 2>/dev/null || echo no-mount; cat /sys/fs/cgroup/cgroup.procs /sys/fs/cgroup/pids/cgroup.procs 2>/dev/null | head -1`)
+	s.SecurityOpt = []string{"no-new-privileges"}
+	contains(t, tg, s, "Seccomp: 2", "NoNewPrivs: 1", "no-userns", "0", "ro", "no-mount", "1")
+	s = sh(tg, `grep -E 'Seccomp:' /proc/self/status | tr '\t' ' '`)
+	s.SecurityOpt = []string{"seccomp=unconfined"}
+	contains(t, tg, s, "Seccomp: 0")
+	s = sh(tg, `mkdir /tmp/a 2>/dev/null || echo denied`)
+	s.SecurityOpt = []string{`seccomp={"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO"}]}`}
+	contains(t, tg, s, "denied")
+	s.SecurityOpt = []string{"colour=blue"}
+	s.Id = Unique("c")
+	if err := tg.RT.Create(Context(t), s); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("unknown option: %v", err)
+	}
+}
+
+func testReadOnly(t *testing.T, tg Target) {
+	s := sh(tg, `touch /x 2>/dev/null || echo ro; touch /scratch/x && echo rw`)
+	s.ReadOnly = true
+	s.Mounts = []*v1.RuntimeMount{{Type: v1.RuntimeMount_TYPE_TMPFS, Target: "/scratch"}}
+	contains(t, tg, s, "ro", "rw")
+}
+
+func testFiles(t *testing.T, tg Target) {
+	s := sh(tg, `cat /run/secrets/key; stat -c '%a %u %g' /run/secrets/key; stat -c %a /etc/app.conf; echo x 2>/dev/null >> /etc/app.conf || echo ro`)
+	s.Files = []*v1.File{
+		{Target: "/run/secrets/key", Content: []byte("s3cret\n"), Mode: 0o400, Uid: 1000, Gid: 1000, Secret: true},
+		{Target: "/etc/app.conf", Content: []byte("a=b\n")},
+	}
+	s.CapDrop = nil
+	contains(t, tg, s, "s3cret", "400 1000 1000", "444", "ro")
+}
+
+func testVolume(t *testing.T, tg Target) {
+	disk := tg.Mount(t)
+	vol := func(script string) *v1.RuntimeSpec {
+		s := sh(tg, script)
+		s.Mounts = []*v1.RuntimeMount{{Type: v1.RuntimeMount_TYPE_DISK, Source: disk, Target: "/data", CopyUp: true}}
+		return s
+	}
+	out := contains(t, tg, vol(`ls -A /data; cat /data/hello /data/link /data/sub/deep; stat -c '%a %u' /data /data/hello; echo mine > /data/hello`),
+		"from the image", "deep", "750 1000", "644 1000")
+	if strings.Contains(out, "lost+found") || strings.Contains(out, "tandem") {
+		t.Errorf("volume:\n%s", out)
+	}
+	contains(t, tg, vol(`cat /data/hello; rm -r /data/*`), "mine")
+	ro := vol(`touch /data/x 2>/dev/null || echo ro`)
+	ro.Mounts[0].ReadOnly = true
+	contains(t, tg, ro, "ro")
+}
+
+func testSubpath(t *testing.T, tg Target) {
+	disk := tg.Mount(t)
+	s := sh(tg, `mkdir -p /v/a/b; echo inner > /v/a/b/f; ln -s / /v/out; ln -s a/b /v/in`)
+	s.Mounts = []*v1.RuntimeMount{{Type: v1.RuntimeMount_TYPE_DISK, Source: disk, Target: "/v"}}
+	contains(t, tg, s)
+	at := func(sub string) *v1.RuntimeSpec {
+		s := sh(tg, `ls -A /v; cat /v/f`)
+		s.Mounts = []*v1.RuntimeMount{{Type: v1.RuntimeMount_TYPE_DISK, Source: disk, Target: "/v", Subpath: sub}}
+		return s
+	}
+	contains(t, tg, at("a/b"), "inner")
+	contains(t, tg, at("in"), "inner")
+	s = at("out") // a link to / stays inside the volume
+	s.Args[2] = "ls -A /v"
+	if _, out := run(t, tg, s); strings.Contains(out, "bin") {
+		t.Errorf("a subpath leads out of its volume:\n%s", out)
+	}
+	if err := tg.RT.Create(Context(t), at("../x")); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("..: %v", err)
+	}
+	if err := tg.RT.Create(Context(t), at("missing")); !errdefs.IsNotFound(err) {
+		t.Errorf("missing: %v", err)
+	}
+}
+
+func testTmpfsDevices(t *testing.T, tg Target) {
+	s := sh(tg, `df -k /t | tail -1 | awk '{print $2}'; stat -c %a /t; stat -c '%t:%T' /dev/mynull; echo x > /dev/mynull && echo usable; ls /dev/stdin /dev/fd >/dev/null && echo links`)
+	s.Mounts = []*v1.RuntimeMount{{Type: v1.RuntimeMount_TYPE_TMPFS, Target: "/t", SizeBytes: 4 << 20, Mode: 0o700}}
+	s.Devices = []*v1.Device{{PathOnHost: "/dev/zero", PathInContainer: "/dev/mynull", Permissions: "rwm"}}
+	contains(t, tg, s, "4096", "700", "1:5", "usable", "links")
+	// /dev/kmsg exists everywhere and is not let through.
+	s = sh(tg, `mknod /tmp/kmsg c 1 11 && { cat /tmp/kmsg >/dev/null 2>&1 & p=$!; sleep 0.2; kill $p 2>/dev/null && echo open || echo denied; }`)
+	contains(t, tg, s, "denied")
+}
+
+func testLimits(t *testing.T, tg Target) {
+	s := sh(tg, `sleep 1000 & sleep 1000 & wait`)
+	s.Resources = &v1.Resources{CpuMilliLimit: 250, MemoryBytesLimit: 32 << 20, PidsLimit: 20, CpuShares: 512}
+	id := start(t, tg, s)
+	limit := func() int64 {
+		u, err := tg.RT.Stats(Context(t), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u.MemoryLimitBytes
+	}
+	if got := limit(); got != 32<<20 {
+		t.Errorf("memory limit %d", got)
+	}
+	if err := tg.RT.Update(Context(t), id, &v1.Resources{MemoryBytesLimit: 96 << 20, CpuMilliLimit: 1500}); err != nil {
+		t.Error(err)
+	}
+	if got := limit(); got != 96<<20 {
+		t.Errorf("memory limit after update %d", got)
+	}
+	if err := tg.RT.Update(Context(t), id, &v1.Resources{}); err != nil {
+		t.Error(err)
+	}
+	if got := limit(); got != 0 {
+		t.Errorf("memory limit after removing it %d", got)
+	}
+	if err := tg.RT.Update(Context(t), id, &v1.Resources{MemoryBytesLimit: 1}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("one byte: %v", err)
+	}
+	Eventually(t, "three processes", func() bool { ps, _ := tg.RT.Top(Context(t), id); return len(ps) == 3 })
+	s = sh(tg, `for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1 & done; wait`)
+	s.Resources = &v1.Resources{PidsLimit: 4}
+	if _, out := run(t, tg, s); !strings.Contains(out, "fork") {
+		t.Errorf("pids limit: %s", out)
+	}
+}
+
+func testOOM(t *testing.T, tg Target) {
+	s := Spec(tg.Layer, "sh", "-c", "exec tail /dev/zero")
+	s.Resources = &v1.Resources{MemoryBytesLimit: 16 << 20, MemorySwapBytes: 16 << 20}
+	id := start(t, tg, s)
+	if st := wait(t, tg, id); !st.OomKilled || st.ExitCode != 137 {
+		t.Errorf("killed for memory: %v", st)
+	}
+	// A child is killed, the container lives.
+	s = Spec(tg.Layer, "sh", "-c", "tail /dev/zero; exec sleep 1000")
+	s.Resources = &v1.Resources{MemoryBytesLimit: 16 << 20, MemorySwapBytes: 16 << 20}
+	id = start(t, tg, s)
+	Eventually(t, "the kill of a child is seen", func() bool { return status(t, tg, id).OomKilled })
+	isState(t, tg, id, running)
+}
+
+func testStop(t *testing.T, tg Target) {
+	s := sh(tg, `trap 'echo bye; exit 5' USR1; echo up; while :; do sleep 0.1; done`)
+	s.StopSignal = "SIGUSR1"
+	id := start(t, tg, s)
+	Eventually(t, "it is up", func() bool { return strings.Contains(output(t, tg, id), "up") })
+	st, err := tg.RT.Stop(Context(t), id, "", time.Minute)
+	if err != nil || st.ExitCode != 5 || !strings.Contains(output(t, tg, id), "bye") {
+		t.Errorf("graceful: %v %v", st, err)
+	}
+	id = start(t, tg, sh(tg, `trap '' TERM; echo up; while :; do sleep 0.1; done`))
+	Eventually(t, "it is up", func() bool { return strings.Contains(output(t, tg, id), "up") })
+	begin := time.Now()
+	st, err = tg.RT.Stop(Context(t), id, "", 300*time.Millisecond)
+	if err != nil || st.ExitCode != 137 || time.Since(begin) < 300*time.Millisecond {
+		t.Errorf("after the grace: %v %v", st, err)
+	}
+}
+
+func testTerminal(t *testing.T, tg Target) {
+	s := sh(tg, `tty; echo $TERM; read x; stty size; exec cat`)
+	s.Tty, s.StdinOpen = true, true
+	id := create(t, tg, s)
+	pr, pw := io.Pipe()
+	defer pw.Close()
+	var out safeBuffer
+	resize := make(chan *v1.WindowSize)
+	attached := make(chan bool, 1)
+	done := make(chan error, 1)
+	ctx := Context(t)
+	go func() {
+		done <- tg.RT.Attach(ctx, &v1.AttachSpec{ContainerId: id, Stdin: true}, runtime.Streams{Stdin: pr, Stdout: &out, Resize: resize, Started: func() { attached <- true }})
+	}()
+	<-attached
+	if err := tg.RT.Start(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	Eventually(t, "a terminal", func() bool {
+		return strings.Contains(out.String(), "/dev/") && strings.Contains(out.String(), "xterm\r\n")
+	})
+	resize <- &v1.WindowSize{Rows: 33, Columns: 111}
+	Eventually(t, "the new size", func() bool {
+		if strings.Contains(out.String(), "33 111") {
+			return true
+		}
+		_, _ = io.WriteString(pw, "\n")
+		time.Sleep(50 * time.Millisecond)
+		return strings.Contains(out.String(), "33 111")
+	})
+	_, _ = io.WriteString(pw, "\x04")
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(Limit):
+		t.Error("cat goes on after end of input")
+	}
+	wait(t, tg, id)
+}
+
+func testExecUsers(t *testing.T, tg Target) {
+	s := Spec(tg.Layer, "sleep", "1000")
+	s.Env = []string{"A=container", "B=container"}
+	id := start(t, tg, s)
+	ex := func(e *v1.ExecSpec, st runtime.Streams) (int, string) {
+		t.Helper()
+		var out safeBuffer
+		st.Stdout = &out
+		e.ContainerId = id
+		code, err := tg.RT.Exec(Context(t), e, st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return code, out.String()
+	}
+	if _, out := ex(&v1.ExecSpec{Args: []string{"sh", "-c", "id -un; pwd; echo $A $B $HOME"}, User: "app", WorkingDir: "/data", Env: []string{"A=exec"}}, runtime.Streams{}); out != "app\n/data\nexec container /home/app\n" {
+		t.Errorf("exec as app: %q", out)
+	}
+	if _, out := ex(&v1.ExecSpec{Args: []string{"stty", "size"}, Tty: true, Stdin: true, Window: &v1.WindowSize{Rows: 20, Columns: 70}}, runtime.Streams{}); out != "20 70\r\n" {
+		t.Errorf("window: %q", out)
+	}
+	signals := make(chan string, 1)
+	code, _ := ex(&v1.ExecSpec{Args: []string{"sleep", "1000"}}, runtime.Streams{Signals: signals, Started: func() { signals <- "KILL" }})
+	if code != 137 {
+		t.Errorf("signalled exec: %d", code)
+	}
+	var errOut safeBuffer
+	if _, out := ex(&v1.ExecSpec{Args: []string{"sh", "-c", "echo out; echo err >&2"}}, runtime.Streams{Stderr: &errOut}); out != "out\n" || errOut.String() != "err\n" {
+		t.Errorf("streams: %q %q", out, errOut.String())
+	}
+	// Much output through a slow pipe, whole.
+	if _, out := ex(&v1.ExecSpec{Args: []string{"sh", "-c", "yes 0123456789 | head -c 3000000"}}, runtime.Streams{}); len(out) != 3000000 {
+		t.Errorf("%d bytes of 3000000", len(out))
+	}
+}
+
+func testLogShapes(t *testing.T, tg Target) {
+	s := sh(tg, `printf 'no newline'; echo err >&2; printf '\n'; head -c 40000 /dev/zero | tr '\0' x; printf '\n\377\376bytes\n'`)
+	s.Log = &v1.LogConfig{MaxSizeBytes: 1 << 20, MaxFiles: 2}
+	id := start(t, tg, s)
+	wait(t, tg, id)
+	var sizes []int
+	var all []byte
+	err := tg.RT.Logs(Context(t), &v1.LogOptions{ContainerId: id, Tail: -1, Stdout: true}, func(e *v1.LogEntry) error {
+		sizes = append(sizes, len(e.Line))
+		all = append(all, e.Line...)
+		return nil
+	})
+	want := "no newline\n" + strings.Repeat("x", 40000) + "\n\xff\xfebytes\n"
+	if err != nil || string(all) != want {
+		t.Errorf("%v: %d bytes, want %d", err, len(all), len(want))
+	}
+	if slices.Max(sizes) > 16<<10 {
+		t.Errorf("entries of %v bytes", sizes)
+	}
+	// Rotation while someone follows: not a line is missed.
+	s = sh(tg, `read go; i=0; while [ $i -lt 20000 ]; do echo "line $i"; i=$((i+1)); done`)
+	s.Log = &v1.LogConfig{MaxSizeBytes: 256 << 10, MaxFiles: 12}
+	s.StdinOpen, s.StdinOnce = true, true
+	id = start(t, tg, s)
+	ctx := Context(t)
+	next, last := 0, make(chan error, 1)
+	go func() {
+		last <- tg.RT.Logs(ctx, &v1.LogOptions{ContainerId: id, Tail: -1, Follow: true}, func(e *v1.LogEntry) error {
+			if string(e.Line) != fmt.Sprintf("line %d\n", next) {
+				return fmt.Errorf("got %q, want line %d", e.Line, next)
+			}
+			if next++; next == 20000 {
+				return io.EOF
+			}
+			return nil
+		})
+	}()
+	if err := tg.RT.Attach(ctx, &v1.AttachSpec{ContainerId: id, Stdin: true}, runtime.Streams{Stdin: strings.NewReader("\n")}); err != nil {
+		t.Error(err)
+	}
+	wait(t, tg, id)
+	if err := <-last; err == nil || err.Error() != "EOF" {
+		t.Errorf("follower across rotations, at line %d: %v", next, err)
+	}
+	var tail []string
+	if err := tg.RT.Logs(ctx, &v1.LogOptions{ContainerId: id, Tail: 3}, func(e *v1.LogEntry) error { tail = append(tail, string(e.Line)); return nil }); err != nil ||
+		!slices.Equal(tail, []string{"line 19997\n", "line 19998\n", "line 19999\n"}) {
+		t.Errorf("tail: %q %v", tail, err)
+	}
+}
+
+func testWritableLayer(t *testing.T, tg Target) {
+	id := create(t, tg, sh(tg, `cat /mark 2>/dev/null; echo kept > /mark; rm /data/hello; mv /data/sub /data/moved`))
+	for range 2 {
+		if err := tg.RT.Start(Context(t), id); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, tg, id)
+	}
+	if out := output(t, tg, id); !strings.HasPrefix(out, "kept\n") {
+		t.Errorf("the second run: %q", out)
+	}
+	contains(t, tg, sh(tg, `ls /data; test ! -e /mark`), "hello", "sub")
+}
+
+func testPrivileged(t *testing.T, tg Target) {
+	s := sh(tg, `mount -t tmpfs x /tmp && echo mounted; ls /dev/loop-control; grep Seccomp: /proc/self/status | tr '\t' ' '`)
+	s.Privileged = true
+	contains(t, tg, s, "mounted", "Seccomp: 0")
+}
+
+func testUlimits(t *testing.T, tg Target) {
+	s := sh(tg, `ulimit -n; ulimit -Hn; ulimit -c`)
+	s.Ulimits = []*v1.Ulimit{{Name: "nofile", Soft: 512, Hard: 512}, {Name: "core", Soft: 0, Hard: 0}}
+	contains(t, tg, s, "512", "0")
+	s = sh(tg, `ulimit -Hn`)
+	s.Ulimits = []*v1.Ulimit{{Name: "nofile", Soft: 1 << 30, Hard: 1 << 30}} // more than there is
+	if code, _ := run(t, tg, s); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
