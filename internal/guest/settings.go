@@ -18,7 +18,7 @@ const guestMemory = 48 << 20
 
 // kernelSettings that do not depend on the machine's size.
 var kernelSettings = map[string]string{
-	"kernel/printk_devkmsg":               "on",
+	"kernel/printk_devkmsg":               "on\n", // the kernel wants the line's end
 	"net/ipv4/ip_forward":                 "1",
 	"net/ipv4/conf/all/rp_filter":         "0",
 	"net/ipv4/conf/default/rp_filter":     "0",

@@ -17,7 +17,7 @@ var (
 	bootModules = []string{"virtio_pci", "virtio_console"}
 	// lateModules load right after it has started.
 	lateModules = []string{
-		"virtio_scsi", "sd_mod", "virtio_net", "virtio_mem", "virtio_balloon", "overlay", "veth", "button",
+		"virtio_scsi", "sd_mod", "virtio_net", "virtio_mem", "virtio_balloon", "overlay", "veth", "button", "pvpanic_mmio",
 	}
 	// demandModules load when the kernel asks for them (modprobe).
 	demandModules = []string{

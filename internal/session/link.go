@@ -94,11 +94,12 @@ func (l *link) write() {
 		case <-l.kick:
 		case data = <-l.out:
 		}
-		b, closing := l.take()
+		b, fin, closing := l.take()
 		if data != nil {
 			b = append(b, data...)
 			putBuffer(data)
 		}
+		b = append(b, fin...) // data that was taken already goes before it
 		if len(b) > 0 {
 			if _, err := l.raw.Write(b); err != nil {
 				l.fail(gone(err))
@@ -112,20 +113,21 @@ func (l *link) write() {
 }
 
 // take empties the slots.
-func (l *link) take() (b []byte, closing bool) {
+func (l *link) take() (b, fin []byte, closing bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.pad {
 		l.pad = false
 		b = make([]byte, maxFrame, maxFrame+64)
 	}
+	fin, l.slots[typeFin] = l.slots[typeFin], nil
 	for i, s := range l.slots {
 		if s != nil {
 			b = append(b, s...)
 			l.slots[i] = nil
 		}
 	}
-	return b, l.closing
+	return b, fin, l.closing
 }
 
 var buffers = sync.Pool{New: func() any { return make([]byte, 0, maxFrame) }}
