@@ -59,7 +59,8 @@ type session struct {
 	full    bool            // the agent has told everything once
 	seen    map[string]bool // ids that the agent has
 	applied uint64          // revision of the intent that it took last
-	sent    map[string]time.Time
+	ever    map[string]bool      // ids that the agent has ever spoken of
+	sent    map[string]time.Time // ids it never spoke of, and since when they are not wanted
 	ids     map[string]bool // ids in that intent
 	pending *v1.HostStatus  // statuses to be written
 	wake    chan struct{}
@@ -86,7 +87,7 @@ func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1co
 	if f.GetHostId() != hostID || hostID == "" || len(hostID) > 64 {
 		return fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
 	}
-	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{},
+	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, ever: map[string]bool{},
 		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
 	defer close(s.done)
 	c.Hosts.enter(s)
@@ -251,8 +252,8 @@ func (s *session) took(spec *v1.HostSpec, rev uint64) {
 	s.mu.Lock()
 	now := s.h.c.clock.Now()
 	for id := range s.ids {
-		if !ids[id] {
-			s.sent[id] = now // no longer wanted since now
+		if !ids[id] && !s.ever[id] {
+			s.sent[id] = now
 		}
 	}
 	for id := range ids {
@@ -302,6 +303,7 @@ func (h *Hosts) forget(id string) {
 	for _, s := range h.sessions {
 		s.mu.Lock()
 		delete(s.sent, id)
+		delete(s.ever, id)
 		s.mu.Unlock()
 	}
 }

@@ -44,14 +44,14 @@ func (s *session) take(in *v1.HostStatus) {
 		s.seen = map[string]bool{}
 	}
 	for _, x := range in.Machines {
-		s.seen[x.Id] = true
+		s.seen[x.Id], s.ever[x.Id] = true, true
 	}
 	for _, x := range in.Containers {
-		s.seen[x.Id] = true
+		s.seen[x.Id], s.ever[x.Id] = true, true
 		x.Message, x.HealthOutput = cut(x.Message), cut(x.HealthOutput)
 	}
 	for _, x := range in.Volumes {
-		s.seen[x.Id] = true
+		s.seen[x.Id], s.ever[x.Id] = true, true
 	}
 	removed := 0
 	for _, l := range [][]string{in.RemovedContainers, in.RemovedMachines, in.RemovedVolumes} {
