@@ -42,10 +42,22 @@ type State struct {
 	Names      []*v1.NameRecord
 }
 
+// Degraded is Apply's error when links, routes, filters and all other ports are as
+// wanted, so that machines may start, but Err names published ports that can't be
+// had (another program listens there) or says why there is no name server. Show
+// it, and apply again later.
+type Degraded struct{ Err error }
+
+// Error implements error.
+func (d *Degraded) Error() string { return d.Err.Error() }
+
+// Unwrap gives errors.Is the errdefs classes below.
+func (d *Degraded) Unwrap() error { return d.Err }
+
 // Network programs one host.
 type Network interface {
 	// Apply makes the host's network what s says. Taps of new machines exist
-	// when it returns.
+	// when it returns nil or a *Degraded.
 	Apply(ctx context.Context, s *State) error
 	// TapName is the tap of a machine (deterministic, at most 15 bytes).
 	TapName(machineID string) string

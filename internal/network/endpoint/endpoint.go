@@ -118,6 +118,17 @@ func validPrefix(p string) bool {
 	return strings.Trim(p, "abcdefghijklmnopqrstuvwxyz") == ""
 }
 
+// InstancePrefix is the interface prefix of an instance of Tandem: DefaultPrefix
+// for "tandem" (or ""), and one of its own for each other, so that several can
+// share a kernel.
+func InstancePrefix(instance string) string {
+	if instance == "" || instance == "tandem" {
+		return DefaultPrefix
+	}
+	h := sha256.Sum256([]byte(instance))
+	return DefaultPrefix + string([]byte{'a' + h[0]%26, 'a' + h[1]%26})
+}
+
 // Name is a deterministic interface name of at most 15 bytes: prefix, one letter
 // for the kind ('v' for a container's link, 't' for a machine's tap), and 50 bits
 // of the id's hash.

@@ -101,7 +101,7 @@ func container(in *netlink.Handle, eth netlink.Link, w wanted) error {
 	if err := common(in, eth, MAC(w.addr), w.mtu); err != nil {
 		return fmt.Errorf("eth0: %w", err)
 	}
-	addrs, err := in.AddrList(eth, unix.AF_INET)
+	addrs, err := Dump(func() ([]netlink.Addr, error) { return in.AddrList(eth, unix.AF_INET) })
 	if err != nil {
 		return fmt.Errorf("addresses of eth0: %w", err)
 	}
@@ -164,7 +164,9 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 		return err
 	}
 	// An address that this link had before must not keep its route.
-	routes, err := m.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: host.Attrs().Index}, netlink.RT_FILTER_OIF)
+	routes, err := Dump(func() ([]netlink.Route, error) {
+		return m.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: host.Attrs().Index}, netlink.RT_FILTER_OIF)
+	})
 	if err != nil {
 		return fmt.Errorf("routes of %s: %w", name, err)
 	}
@@ -179,6 +181,22 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 		return fmt.Errorf("route to %s: %w", w.addr, err)
 	}
 	return nil
+}
+
+// Dump asks the kernel for a list until it gets one that did not change while it
+// was read; after ten tries the last will do.
+func Dump[T any](list func() (T, error)) (T, error) {
+	for range 9 {
+		l, err := list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return l, err
+		}
+	}
+	l, err := list()
+	if errors.Is(err, netlink.ErrDumpInterrupted) {
+		err = nil
+	}
+	return l, err
 }
 
 // common sets what both ends have.

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"tandem/internal/network/endpoint"
 )
 
 // forget deletes tracked connections that the rules would not allow any more:
@@ -25,7 +27,7 @@ func (h *Host) forget(w *wanted, s sweep) error {
 			f.targets[flowTarget{k.proto, k.port, b}] = true
 		}
 	}
-	as, err := h.nl.AddrList(nil, unix.AF_INET)
+	as, err := endpoint.Dump(func() ([]netlink.Addr, error) { return h.nl.AddrList(nil, unix.AF_INET) })
 	if err != nil {
 		return fmt.Errorf("addresses of this host: %w", err)
 	}

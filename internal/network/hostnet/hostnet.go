@@ -44,6 +44,8 @@ import (
 	"tandem/internal/network/names"
 )
 
+const dnsPort = 53
+
 var gateway = netip.MustParseAddr(network.Gateway)
 
 // Options of a host's network. The zero value is right for one Tandem per host.
@@ -51,7 +53,8 @@ type Options struct {
 	// Table is the name of both nftables tables; "tandem" if empty. Instances that
 	// share a network namespace need different ones, and different prefixes.
 	Table string
-	// Prefix begins interface names; endpoint.DefaultPrefix if empty.
+	// Prefix begins interface names; endpoint.InstancePrefix(Table) if empty. The
+	// endpoint.Manager of this host's metal containers needs the same.
 	Prefix string
 	// TapOwner and TapGroup may open the taps without privilege.
 	TapOwner, TapGroup uint32
@@ -88,7 +91,7 @@ func New(o Options) (*Host, error) {
 		o.Table = "tandem"
 	}
 	if o.Prefix == "" {
-		o.Prefix = endpoint.DefaultPrefix
+		o.Prefix = endpoint.InstancePrefix(o.Table)
 	}
 	if o.MTU == 0 {
 		o.MTU = endpoint.DefaultMTU
@@ -107,12 +110,17 @@ func New(o Options) (*Host, error) {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
 	h := &Host{o: o, log: o.Logger, nl: nl, nft: newTables(o.Table, o.Prefix, o.Logger)}
-	h.dns = names.New(names.Options{
-		Listen:     netip.AddrPortFrom(gateway, 53).String(),
-		ResolvConf: o.ResolvConf,
-		Logger:     o.Logger,
-	})
+	h.dns = h.newNames()
 	return h, nil
+}
+
+func (h *Host) newNames() *names.Server {
+	return names.New(names.Options{
+		Listen:     netip.AddrPortFrom(gateway, dnsPort).String(),
+		AnyPort:    true,
+		ResolvConf: h.o.ResolvConf,
+		Logger:     h.log,
+	})
 }
 
 // TapName implements network.Network.
@@ -125,8 +133,9 @@ func (h *Host) VethName(containerID string) string {
 
 // Apply implements network.Network. What is invalid in s (but for single
 // published ports) is InvalidArgument, and nothing changes. Published ports that
-// can't be had, and a name server that can't listen, are reported after all else
-// is done: the caller shows the error and applies again later.
+// can't be had, and a name server that can't listen, are reported as
+// network.Degraded after all else is done: the caller shows the error and applies
+// again later.
 func (h *Host) Apply(ctx context.Context, s *network.State) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -147,6 +156,7 @@ func (h *Host) Apply(ctx context.Context, s *network.State) error {
 	if err != nil {
 		return err
 	}
+	namesErr := h.serveNames(w)
 	busy := h.nft.dropBusy(w)
 	gone, err := h.nft.apply(w, links)
 	if err != nil {
@@ -161,17 +171,24 @@ func (h *Host) Apply(ctx context.Context, s *network.State) error {
 	if err := h.forget(w, gone); err != nil {
 		h.log.Warn("connection tracking was not cleaned: old connections may hang until they time out", "error", err)
 	}
-	return errors.Join(portErr, busy, h.serveNames(w))
+	if err := errors.Join(portErr, busy, namesErr); err != nil {
+		return &network.Degraded{Err: err}
+	}
+	return nil
 }
 
+// serveNames also tells the rules where the name server is: guests always ask
+// port 53, and are led to another one if a program of this host has that.
 func (h *Host) serveNames(w *wanted) error {
+	h.nft.dnsPort = dnsPort
 	if h.o.NoNames {
 		return nil
 	}
 	h.dns.Set(w.view)
 	if err := h.dns.Start(); err != nil {
-		return fmt.Errorf("name server on %s, port 53 (is another program listening there?): %w", gateway, err)
+		return fmt.Errorf("name server on %s: %w", gateway, err)
 	}
+	h.nft.dnsPort = h.dns.Port()
 	return nil
 }
 
@@ -202,11 +219,9 @@ func (h *Host) Teardown(ctx context.Context) error {
 	if err := h.nft.remove(); err != nil {
 		errs = append(errs, fmt.Errorf("nftables: %w", err))
 	}
-	errs = append(errs, h.removeGateway())
-	h.dns = names.New(names.Options{
-		Listen:     netip.AddrPortFrom(gateway, 53).String(),
-		ResolvConf: h.o.ResolvConf,
-		Logger:     h.log,
-	})
+	if others, err := h.nft.others(); err != nil || !others {
+		errs = append(errs, err, h.removeGateway())
+	}
+	h.dns = h.newNames()
 	return errors.Join(errs...)
 }

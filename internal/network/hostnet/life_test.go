@@ -209,27 +209,6 @@ func TestNames(t *testing.T) {
 	w.publish("udp", 53, "", backend("10.64.0.1", 53, true)) // must not hide the name server
 	w.apply(t)
 
-	ask := func(ns *bed.NS, network, name string) string {
-		t.Helper()
-		c, err := bed.Dial(ns, network, net.JoinHostPort(gw, "53"))
-		if err != nil {
-			return err.Error()
-		}
-		co := &dns.Conn{Conn: c}
-		defer co.Close()
-		co.SetDeadline(time.Now().Add(5 * time.Second))
-		if err := co.WriteMsg(new(dns.Msg).SetQuestion(dns.Fqdn(name), dns.TypeA)); err != nil {
-			return err.Error()
-		}
-		r, err := co.ReadMsg()
-		if err != nil {
-			return err.Error()
-		}
-		if len(r.Answer) == 0 {
-			return dns.RcodeToString[r.Rcode]
-		}
-		return r.Answer[0].(*dns.A).A.String()
-	}
 	for _, p := range []string{"udp", "tcp"} {
 		for _, c := range []struct {
 			ns         *bed.NS
@@ -240,39 +219,101 @@ func TestNames(t *testing.T) {
 			{w.b1.NS, "db", "10.64.1.1"},
 			{w.b1.NS, "web", "NXDOMAIN"},
 		} {
-			if got := ask(c.ns, p, c.name); got != c.want {
+			if got := askName(c.ns, p, c.name); got != c.want {
 				t.Errorf("%s by %s: %s, want %s", c.name, p, got, c.want)
 			}
 		}
 	}
-	if got := ask(w.a1.NS, "udp", "www.example.org"); got != "203.0.113.7" {
+	if got := askName(w.a1.NS, "udp", "www.example.org"); got != "203.0.113.7" {
 		t.Errorf("outside: %s", got)
 	}
-	if got := ask(w.c.NS, "udp", "www.example.org"); got != "NXDOMAIN" {
+	if got := askName(w.c.NS, "udp", "www.example.org"); got != "NXDOMAIN" {
 		t.Errorf("outside, from an internal network: %s", got)
 	}
 }
 
-const gw = network.Gateway
+func askName(ns *bed.NS, proto, name string) string {
+	c, err := bed.Dial(ns, proto, net.JoinHostPort(network.Gateway, "53"))
+	if err != nil {
+		return err.Error()
+	}
+	co := &dns.Conn{Conn: c}
+	defer co.Close()
+	co.SetDeadline(time.Now().Add(5 * time.Second))
+	if err := co.WriteMsg(new(dns.Msg).SetQuestion(dns.Fqdn(name), dns.TypeA)); err != nil {
+		return err.Error()
+	}
+	r, err := co.ReadMsg()
+	if err != nil {
+		return err.Error()
+	}
+	if len(r.Answer) == 0 {
+		return dns.RcodeToString[r.Rcode]
+	}
+	return r.Answer[0].(*dns.A).A.String()
+}
 
-func TestNameServerAddressTaken(t *testing.T) {
-	clean(t)
+func TestNameServerBesideAnother(t *testing.T) {
 	stop := bed.Serve(t, nil, "other", "0.0.0.0:53")
-	h := open(t, hostnet.Options{ResolvConf: filepath.Join(t.TempDir(), "none")})
-	s := &network.State{
-		Networks: []*v1.NetworkSpec{{Id: "n", Cidr: "10.64.0.0/24"}},
-		Machines: []network.Machine{machine("m", "02:00:00:00:00:01", "10.64.0.0/28")},
+	w := newWorld(t)
+	for _, p := range []string{"udp", "tcp"} {
+		if got := askName(w.a2.NS, p, "a-web-1"); got != "10.64.0.1" {
+			t.Errorf("beside another name server, %s: %s", p, got)
+		}
+		bed.MustFail(t, w.a1.NS, p, hostIP+":53")
 	}
-	err := h.Apply(ctx, s)
-	if err == nil || !strings.Contains(err.Error(), "name server on 169.254.1.1, port 53") {
-		t.Errorf("error: %v", err)
-	}
-	if _, err := netlink.LinkByName(h.TapName("m")); err != nil {
-		t.Errorf("all else is done: %v", err)
-	}
+	bed.MustAsk(t, w.outer, "tcp", hostIP+":53", "other sees "+outerIP)
 	stop()
-	if err := h.Apply(ctx, s); err != nil {
-		t.Error(err)
+	w.h.Close()
+	w.h = open(t, w.o)
+	w.apply(t)
+	if got := askName(w.a2.NS, "tcp", "a-web-1"); got != "10.64.0.1" {
+		t.Errorf("alone again: %s", got)
+	}
+}
+
+// TestTwoInstances: another Tandem in the same namespace, with other addresses.
+func TestTwoInstances(t *testing.T) {
+	w := newWorld(t)
+	bed.Serve(t, w.a1.NS, "a1", "10.64.0.1:80")
+	w.publish("tcp", 8080, "", backend("10.64.0.1", 80, true))
+	w.apply(t)
+	o := w.o
+	o.Table = "tandem-two"
+	two := open(t, o)
+	s := &network.State{
+		Networks: []*v1.NetworkSpec{{Id: "nz", Project: "z", Cidr: "10.99.0.0/24"}},
+		Machines: []network.Machine{machine("m-z", "02:00:00:00:00:99", "10.99.0.0/28")},
+		Names:    []*v1.NameRecord{{Network: "nz", Name: "z", Ips: []string{"10.99.0.1"}}},
+	}
+	if err := two.Apply(ctx, s); err != nil {
+		t.Fatal(err)
+	}
+	w.apply(t)
+	if err := two.Apply(ctx, s); err != nil {
+		t.Fatal(err)
+	}
+	z := bed.NewMachine(t, two.TapName("m-z"), "02:00:00:00:00:99", "10.99.0.1")
+	bed.Serve(t, z.NS, "z", "10.99.0.1:80")
+	bed.MustAsk(t, nil, "tcp", "10.99.0.1:80", "z sees "+network.Gateway)
+	bed.MustAsk(t, w.outer, "tcp", hostIP+":8080", "a1 sees "+outerIP)
+	bed.MustFail(t, z.NS, "tcp", "10.64.0.1:80")
+	bed.MustFail(t, w.a1.NS, "tcp", "10.99.0.1:80")
+	if a, b := askName(w.a1.NS, "udp", "a-web-1"), askName(z.NS, "udp", "z"); a != "10.64.0.1" || b != "10.99.0.1" {
+		t.Errorf("names: %s, %s", a, b)
+	}
+	s.Machines[0].Prefixes = []string{"10.64.0.0/28"}
+	s.Networks[0].Cidr = "10.64.0.0/24"
+	s.Names = nil
+	if err := two.Apply(ctx, s); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+		t.Errorf("the same addresses: %v", err)
+	}
+	if err := two.Teardown(ctx); err != nil {
+		t.Fatal(err)
+	}
+	bed.MustAsk(t, w.outer, "tcp", hostIP+":8080", "a1 sees "+outerIP)
+	if a := askName(w.a1.NS, "udp", "a-web-1"); a != "10.64.0.1" {
+		t.Errorf("after the other's teardown: %s", a)
 	}
 }
 

@@ -54,7 +54,7 @@ func (h *Host) base() error {
 }
 
 func (h *Host) hasGateway(lo netlink.Link) (bool, error) {
-	as, err := h.nl.AddrList(lo, unix.AF_INET)
+	as, err := endpoint.Dump(func() ([]netlink.Addr, error) { return h.nl.AddrList(lo, unix.AF_INET) })
 	if err != nil {
 		return false, fmt.Errorf("addresses of lo: %w", err)
 	}
@@ -84,7 +84,7 @@ func (h *Host) removeGateway() error {
 // list finds our interfaces, by pattern and type: another program's interface
 // that happens to begin with our prefix is left alone.
 func (h *Host) list() (links, error) {
-	all, err := h.nl.LinkList()
+	all, err := endpoint.Dump(h.nl.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
@@ -187,7 +187,9 @@ func (h *Host) tuneTap(l netlink.Link, t tapSpec) error {
 // route brings taps up and gives them exactly their prefixes. A prefix that moves
 // from one tap to another is replaced in one step.
 func (h *Host) route(w *wanted, ls links) error {
-	have, err := h.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	have, err := endpoint.Dump(func() ([]netlink.Route, error) {
+		return h.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
@@ -196,13 +198,22 @@ func (h *Host) route(w *wanted, ls links) error {
 		dst  string
 	}
 	ours := map[key]*netlink.Route{}
+	foreign := map[string]int{}
 	taps := map[int]bool{}
 	for _, t := range w.taps {
 		taps[ls[t.name].Attrs().Index] = true
 	}
+	known := map[int]bool{} // also taps that will go
+	for _, l := range ls {
+		known[l.Attrs().Index] = true
+	}
 	for i := range have {
-		if r := &have[i]; taps[r.LinkIndex] && r.Dst != nil {
+		switch r := &have[i]; {
+		case r.Dst == nil:
+		case taps[r.LinkIndex]:
 			ours[key{r.LinkIndex, r.Dst.String()}] = r
+		case !known[r.LinkIndex]:
+			foreign[r.Dst.String()] = r.LinkIndex
 		}
 	}
 	neighs, err := h.neighbours(taps)
@@ -231,6 +242,9 @@ func (h *Host) route(w *wanted, ls links) error {
 				delete(ours, k)
 				continue
 			}
+			if i, taken := foreign[p.String()]; taken {
+				return fmt.Errorf("route %s to machine %s: another program (or another Tandem with the same address pool) routes it to interface %d: %w", p, t.machine, i, errdefs.ErrFailedPrecondition)
+			}
 			if err := h.nl.RouteReplace(&netlink.Route{
 				LinkIndex: i, Dst: ipNet(p), Gw: nextHop.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 				Src: gateway.AsSlice(), Protocol: routeProtocol,
@@ -250,7 +264,7 @@ func (h *Host) route(w *wanted, ls links) error {
 
 // neighbours are the MACs pinned on taps, by interface index.
 func (h *Host) neighbours(taps map[int]bool) (map[int]string, error) {
-	ns, err := h.nl.NeighList(0, unix.AF_INET)
+	ns, err := endpoint.Dump(func() ([]netlink.Neigh, error) { return h.nl.NeighList(0, unix.AF_INET) })
 	if err != nil {
 		return nil, fmt.Errorf("list neighbours: %w", err)
 	}

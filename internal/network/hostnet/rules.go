@@ -42,6 +42,7 @@ import (
 //	    ip daddr 169.254.1.1 udp/tcp dport 53 accept;  icmp type echo-request accept
 //	    reject }
 //	  chain pre/out  { type nat hook prerouting/output priority dstnat;
+//	    (if another program has port 53: from ours to 169.254.1.1:53 dnat to our port)
 //	    fib daddr type local, not the name server, 127.0.0.0/8 from lo only
 //	    ip daddr . meta l4proto . th dport vmap @svcip  # one host address
 //	    meta l4proto . th dport vmap @svc }             # any host address
@@ -251,7 +252,7 @@ func (t *tables) inputRules() []rule {
 func (t *tables) hostRules() []rule {
 	dns := func(proto byte) rule {
 		return rules(ipAddrIs(offDaddr, gateway), meta1(expr.MetaKeyL4PROTO, proto),
-			bytesAre(expr.PayloadBaseTransportHeader, 2, []byte{0, 53}), accept)
+			bytesAre(expr.PayloadBaseTransportHeader, 2, port(t.dnsPort)), accept)
 	}
 	return []rule{
 		rules(ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept),
@@ -262,9 +263,20 @@ func (t *tables) hostRules() []rule {
 }
 
 func (t *tables) publishRules(pre bool) []rule {
-	out := []rule{
-		rules(ipv4(), ipAddrIs(offDaddr, gateway), bytesAre(expr.PayloadBaseTransportHeader, 2, []byte{0, 53}), verdict(expr.VerdictReturn)),
+	toNames := rules(ipv4(), ipAddrIs(offDaddr, gateway), bytesAre(expr.PayloadBaseTransportHeader, 2, port(dnsPort)))
+	var out []rule
+	if pre && t.dnsPort != dnsPort { // another program has port 53
+		redirect := []expr.Any{
+			&expr.Immediate{Register: r4, Data: gateway.AsSlice()},
+			&expr.Immediate{Register: r4 + 1, Data: port(t.dnsPort)},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: r4, RegProtoMin: r4 + 1},
+		}
+		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+			proto := meta1(expr.MetaKeyL4PROTO, proto)
+			out = append(out, t.both(func(p string) rule { return rules(iifPrefix(p), proto, toNames, redirect) })...)
+		}
 	}
+	out = append(out, rules(toNames, verdict(expr.VerdictReturn)))
 	if pre { // a packet from outside to 127.0.0.1 is nobody's
 		out = append(out, rules(ipv4(), loopback(offDaddr, expr.CmpOpEq),
 			ifPrefix(expr.MetaKeyIIFNAME, expr.CmpOpNeq, "lo\x00"), verdict(expr.VerdictReturn)))

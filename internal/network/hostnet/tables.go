@@ -23,6 +23,7 @@ const (
 	// elementsPerMessage keeps a message's nested attribute below 64 KiB.
 	elementsPerMessage = 400
 	nftTimeout         = time.Minute
+	guardChain         = "guard"
 )
 
 // tables are the two nftables tables, and what is known to be in them.
@@ -30,6 +31,7 @@ type tables struct {
 	netdev, inet          *nftables.Table
 	tapPrefix, vethPrefix string
 	log                   *slog.Logger
+	dnsPort               uint16 // where the name server listens
 
 	src, mac             *nftables.Set // netdev
 	veth, pairs, nets    *nftables.Set
@@ -40,6 +42,7 @@ type tables struct {
 // kernel is what the last successful transaction left there.
 type kernel struct {
 	gen      uint32 // the ruleset's generation after it
+	dnsPort  uint16 // that the rules know
 	elems    map[*nftables.Set]elements
 	taps     map[string]int // interface index by name
 	services map[svcKey][]netip.AddrPort
@@ -99,6 +102,7 @@ func (t *tables) apply(w *wanted, ls links) (sweep, error) {
 		taps:     map[string]int{},
 		services: w.services,
 		chains:   map[string]bool{},
+		dnsPort:  t.dnsPort,
 	}
 	for _, tap := range w.taps {
 		next.taps[tap.name] = ls[tap.name].Attrs().Index
@@ -107,7 +111,7 @@ func (t *tables) apply(w *wanted, ls links) (sweep, error) {
 	if err != nil {
 		return sweep{}, err
 	}
-	if t.cur != nil && t.cur.gen == gen && t.tapsAreThere(ls) {
+	if t.cur != nil && t.cur.gen == gen && t.cur.dnsPort == t.dnsPort && t.tapsAreThere(ls) {
 		s, err := t.update(next, gen)
 		if err == nil {
 			return s, nil
@@ -271,6 +275,21 @@ func (t *tables) remove() error {
 	return c.Flush()
 }
 
+// others tells whether another instance has tables here.
+func (t *tables) others() (bool, error) {
+	c, err := dial()
+	if err != nil {
+		return false, err
+	}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyNetdev)
+	if err != nil {
+		return false, fmt.Errorf("list chains: %w", err)
+	}
+	return slices.ContainsFunc(chains, func(ch *nftables.Chain) bool {
+		return ch.Name == guardChain && ch.Table.Name != t.netdev.Name
+	}), nil
+}
+
 func (t *tables) chain(c *nftables.Conn, tab *nftables.Table, name string, rs []rule) {
 	ch := c.AddChain(&nftables.Chain{Table: tab, Name: name})
 	t.fill(c, ch, rs)
@@ -289,7 +308,7 @@ func (t *tables) fill(c *nftables.Conn, ch *nftables.Chain, rs []rule) {
 
 func (t *tables) staticChains(c *nftables.Conn) {
 	filter, nat := nftables.ChainTypeFilter, nftables.ChainTypeNAT
-	t.chain(c, t.netdev, "guard", t.guard())
+	t.chain(c, t.netdev, guardChain, t.guard())
 	t.chain(c, t.inet, "separate", t.separateRules())
 	t.chain(c, t.inet, "host", t.hostRules())
 	t.baseChain(c, "source", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, t.sourceRules())
@@ -306,7 +325,7 @@ func (t *tables) addTapChain(c *nftables.Conn, name string) {
 		Table: t.netdev, Name: name, Type: nftables.ChainTypeFilter, Policy: &policy,
 		Hooknum: nftables.ChainHookIngress, Priority: nftables.ChainPriorityRef(-500), Device: name,
 	})
-	t.fill(c, ch, []rule{rules(jump("guard"))})
+	t.fill(c, ch, []rule{rules(jump(guardChain))})
 }
 
 // needChain makes the chain that balances over n backends, if it is not there.

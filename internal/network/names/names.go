@@ -34,6 +34,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -50,7 +51,9 @@ const (
 
 // Options of a Server.
 type Options struct {
-	Listen     string // address:port, UDP and TCP
+	Listen string // address:port, UDP and TCP
+	// AnyPort lets the server take another port when Listen's is taken; Port tells.
+	AnyPort    bool
 	ResolvConf string // "/etc/resolv.conf" if empty
 	// Timeout of one try at one resolver; 2 s if zero.
 	Timeout time.Duration
@@ -67,6 +70,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	udp, tcp *dns.Server
+	port     uint16
 }
 
 // New makes a server that does not listen yet.
@@ -98,15 +102,21 @@ func (s *Server) Start() error {
 	if s.udp != nil {
 		return nil
 	}
-	pc, err := net.ListenPacket("udp4", s.o.Listen)
+	pc, l, err := listen(s.o.Listen)
+	if errors.Is(err, syscall.EADDRINUSE) && s.o.AnyPort {
+		if ap, perr := netip.ParseAddrPort(s.o.Listen); perr == nil {
+			s.o.Logger.Warn("another program answers on the name server's port; using another one", "address", s.o.Listen)
+			for range 10 { // UDP and TCP on the same port: it may be taken by one of them
+				if pc, l, err = listen(netip.AddrPortFrom(ap.Addr(), 0).String()); err == nil {
+					break
+				}
+			}
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	l, err := net.Listen("tcp4", s.o.Listen)
-	if err != nil {
-		pc.Close()
-		return fmt.Errorf("listen: %w", err)
-	}
+	s.port = pc.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 	h := dns.HandlerFunc(s.serve)
 	s.udp = &dns.Server{PacketConn: pc, Handler: h, UDPSize: maxUDP}
 	s.tcp = &dns.Server{
@@ -134,6 +144,26 @@ func (s *Server) Start() error {
 	return nil
 }
 
+func listen(addr string) (net.PacketConn, net.Listener, error) {
+	pc, err := net.ListenPacket("udp4", addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	l, err := net.Listen("tcp4", pc.LocalAddr().String())
+	if err != nil {
+		pc.Close()
+		return nil, nil, err
+	}
+	return pc, l, nil
+}
+
+// Port is where the server listens; 0 while it does not.
+func (s *Server) Port() uint16 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.port
+}
+
 // Close stops listening. Start may be called again.
 func (s *Server) Close() error {
 	s.mu.Lock()
@@ -149,7 +179,7 @@ func (s *Server) Close() error {
 			errs = append(errs, err)
 		}
 	}
-	s.udp, s.tcp = nil, nil
+	s.udp, s.tcp, s.port = nil, nil, 0
 	return errors.Join(errs...)
 }
 
