@@ -6,11 +6,14 @@ import (
 )
 
 func TestColdBootAnswersHello(t *testing.T) {
-	v := boot(t)
+	v := bootTest(t)
 	a := v.connect()
 	h := a.hello(t)
 	t.Logf("hello %v after the start; guest's clock: agent at %v, now %v",
 		time.Since(v.began).Round(time.Millisecond), h.BootToAgent.AsDuration(), h.Uptime.AsDuration())
+	in := v.inside()
+	eventually(t, "late modules", func() bool { _, err := in.try("read /run/tandem/modules-loaded"); return err == nil })
+	t.Log(in.do("kmsg"))
 	if h.Protocol != 1 || h.Configured || h.MachineId != "" || len(h.GuestId) != 32 || h.Kernel == "" {
 		t.Errorf("%v", h)
 	}

@@ -19,15 +19,18 @@ import (
 // sees at once.
 func Init() {
 	debug.SetGCPercent(50)
+	began := uptime()
 	mountEarly()
 	log := newLogger("init")
 	loadList(layout.BootList, log)
+	loaded := uptime()
 	if err := moveRoot(); err != nil {
 		// Containers will not start, but the host can still be told so.
 		log.Error("make the root fit for containers", "error", err)
 	}
 	mountAll(log)
 	settings(log)
+	log.Info("up", "began", began, "boot_modules", loaded-began, "mounts_and_settings", uptime()-loaded)
 	stop := make(chan os.Signal, 4)
 	signal.Notify(stop, unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
@@ -35,7 +38,9 @@ func Init() {
 	go serveMonitor(log)
 	go watchUevents(log)
 	go func() {
+		from := uptime()
 		loadList(layout.LateList, log)
+		log.Info("late modules are loaded", "took", uptime()-from)
 		if err := os.WriteFile(layout.LateDone, nil, 0o600); err != nil {
 			log.Error("mark modules as loaded", "error", err)
 		}

@@ -60,7 +60,7 @@ func start(t *testing.T, m guestimage.Manifest, memory []string, extra ...string
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-smp", "1,maxcpus=4,sockets=1,cores=4,threads=1",
 		"-kernel", m.Kernel, "-initrd", m.Initrd,
-		"-append", "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests no_timer_check random.trust_cpu=on 8250.nr_uarts=1 audit=0",
+		"-append", "swiotlb=noforce console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests no_timer_check random.trust_cpu=on 8250.nr_uarts=1 audit=0",
 		"-serial", "file:" + v.file("console"),
 		"-chardev", "socket,id=qmp,path=" + v.file("qmp") + ",server=on,wait=off", "-mon", "chardev=qmp,mode=control",
 		"-object", "iothread,id=io0", "-device", "virtio-scsi-pci,id=scsi0,bus=pcie.0,addr=0x5,iothread=io0",
