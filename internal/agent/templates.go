@@ -230,3 +230,10 @@ func (t *templates) ensure(ctx context.Context) (err error) {
 	t.a.log.Info("fast clones are ready", "template", name, "took", t.a.o.Clock.Now().Sub(t.began))
 	return nil
 }
+
+// isReady says whether today's guest can be cloned.
+func (t *templates) isReady() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.ready[templateName(t.a.machineSpec("x", nil))]
+}
