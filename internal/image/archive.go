@@ -20,8 +20,9 @@ import (
 // small files are kept in memory, layers are staged on the way. Nothing of it is
 // believed before its digest is.
 type archive struct {
-	files map[string]*archiveFile
-	dir   *workDir
+	files   map[string]*archiveFile
+	dir     *workDir
+	entries int // of all layers' trees that are kept in memory
 }
 
 // archiveFile is one regular file of an archive.
@@ -160,6 +161,13 @@ func (s *LocalStore) archiveFile(ctx context.Context, a *archive, name string, s
 		if f.err != nil && fatal(ctx, f.err) {
 			return nil, fmt.Errorf("archive: %w", f.err)
 		}
+		// Trees of many layers must not fill the memory: what is over the limit
+		// of one layer is read again when it is converted.
+		if f.layer != nil {
+			if a.entries += f.layer.rec.Entries; a.entries > s.opts.MaxLayerEntries {
+				f.layer.tree = nil
+			}
+		}
 	} else if size <= maxConfigBytes {
 		var b bytes.Buffer
 		if _, err := io.Copy(&b, buf); err != nil {
@@ -252,7 +260,7 @@ func (a *archive) source(name string) layerSource {
 		if f.layer == nil {
 			return nil, nil, badArchive("layer %q is no tar, gzip or zstd stream", name)
 		}
-		// A private name: the same file may be a layer of several images, and
+		// The tree is not changed by its use. A private name: the same file may be a layer of several images, and
 		// the first to be committed is moved away.
 		st := *f.layer
 		own, err := os.CreateTemp(a.dir.path, "use-")

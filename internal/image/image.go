@@ -36,7 +36,7 @@ type PullOptions struct {
 
 // ImportOptions describe a root file system that is imported.
 type ImportOptions struct {
-	Changes  []string // Dockerfile instructions: CMD, ENTRYPOINT, ENV, USER, WORKDIR, EXPOSE, LABEL, VOLUME, STOPSIGNAL
+	Changes  []string // Dockerfile instructions: CMD, ENTRYPOINT, ENV, USER, WORKDIR, EXPOSE, LABEL, VOLUME, STOPSIGNAL, HEALTHCHECK
 	Progress ProgressFunc
 }
 

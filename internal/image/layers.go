@@ -121,6 +121,11 @@ func (s *LocalStore) makeLayer(ctx context.Context, diffID string, p ProgressFun
 		return ctx.Err()
 	}
 	tell(p, &v1.Progress{Id: "layer " + diffID, Action: "converting", Total: st.rec.TarSize, Unit: "bytes"})
+	if st.tree == nil {
+		if st.tree, err = s.scanBlob(ctx, st.path, st.rec.Compression, diffID); err != nil {
+			return fmt.Errorf("layer %s: %w", diffID, err)
+		}
+	}
 	image, size, err := s.convert(ctx, st, dir.path, p)
 	if err != nil {
 		return fmt.Errorf("layer %s: %w", diffID, s.diskError(err, st.tree.Bytes()))
@@ -140,28 +145,37 @@ func (s *LocalStore) restage(ctx context.Context, diffID string) (*staged, *work
 		return nil, nil, err
 	}
 	blob := s.blobPath(rec.Blob)
-	r, err := s.openTar(blob, rec.Compression)
+	tree, err := s.scanBlob(ctx, blob, rec.Compression, diffID)
 	if err != nil {
 		return nil, nil, err
-	}
-	defer r.Close()
-	sum := sha256.New()
-	buf := bufio.NewReaderSize(io.TeeReader(&source{ctx: ctx, r: r, sum: sha256.New()}, sum), 1<<18)
-	tree, err := layerfs.Scan(buf, s.opts.limits())
-	if err == nil {
-		_, err = io.Copy(io.Discard, buf)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	if got := digestOf(sum); got != diffID {
-		return nil, nil, fmt.Errorf("its content is %s", got)
 	}
 	dir, err := s.newWorkDir()
 	if err != nil {
 		return nil, nil, err
 	}
 	return &staged{path: blob, diffID: diffID, rec: rec, tree: tree}, dir, nil
+}
+
+// scanBlob reads a blob on this host and checks that it is the layer.
+func (s *LocalStore) scanBlob(ctx context.Context, path, compression, diffID string) (*layerfs.Tree, error) {
+	r, err := s.openTar(path, compression)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	in := &source{ctx: ctx, r: r, sum: sha256.New()}
+	buf := bufio.NewReaderSize(in, 1<<18)
+	tree, err := layerfs.Scan(buf, s.opts.limits())
+	if err == nil {
+		_, err = io.Copy(io.Discard, buf)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if got := digestOf(in.sum); got != diffID {
+		return nil, fmt.Errorf("its content is %s, not what was written: %w", got, errdefs.ErrDataLoss)
+	}
+	return tree, nil
 }
 
 // convert writes the block image of a staged layer into dir, checking the

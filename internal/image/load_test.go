@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -366,16 +367,33 @@ func independentCheck(t *testing.T, format string, archive []byte, src interface
 	}
 }
 
+func TestTreesOverTheLimitAreReadAgain(t *testing.T) {
+	// Each layer is within the limit of entries, all together are not.
+	var layers [][]byte
+	for i := range 5 {
+		layers = append(layers, layerTar(t, func(l *imagetest.Layer) {
+			for j := range 40 {
+				l.File(fmt.Sprintf("f-%d-%d", i, j), 0o644, "x")
+			}
+		}))
+	}
+	s := openStore(t, Options{Platform: "linux/amd64", MaxLayerEntries: 50})
+	if _, err := s.Load(context.Background(), bytes.NewReader(dockerArchive(t, "app:1", layers...)), nil); err != nil {
+		t.Fatal(err)
+	}
+	assertSound(t, s, true)
+}
+
 func TestLoadNeedsLittleMemory(t *testing.T) {
 	// 96 MiB of layer through a store whose limits allow it: what stays allocated
 	// must be far below.
 	big := &bigLayer{size: 96 << 20}
 	s := openStore(t, Options{})
-	var peak uint64
-	done := make(chan struct{})
-	go func() { peak = peakHeap(done) }()
+	done, result := make(chan struct{}), make(chan uint64)
+	go func() { result <- peakHeap(done) }()
 	img, err := s.Import(context.Background(), big.tar(t), "big:1", ImportOptions{})
 	close(done)
+	peak := <-result
 	if err != nil || img.SizeBytes < 96<<20 {
 		t.Fatalf("%v, %v", img, err)
 	}

@@ -12,13 +12,25 @@ import (
 
 	"github.com/containerd/errdefs"
 	"pgregory.net/rapid"
+	"tandem/internal/image/imagetest"
 )
 
 // TestNothingNeededIsEverLost does random things to a store and to a model of
 // it, and compares names, leases and files after each.
 func TestNothingNeededIsEverLost(t *testing.T) {
 	ctx := context.Background()
-	archives, ids := make([][]byte, 4), make([]string, 4)
+	archives, ids := make([][]byte, 4), make([]string, 6)
+	reg := newRegistry(t, false)
+	remotes := make([]string, 2)
+	for i := range remotes {
+		img := appendLayer(t, smallImage(t, "shared", 2), fileLayer(fmt.Sprint("own ", i)))
+		remotes[i] = push(t, reg, fmt.Sprintf("app:%d", i), img)
+		id, err := img.ConfigName()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[4+i] = id.String()
+	}
 	probe := openStore(t, Options{Platform: "linux/amd64"})
 	for i := range archives {
 		archives[i] = appArchive(t, i)
@@ -34,18 +46,24 @@ func TestNothingNeededIsEverLost(t *testing.T) {
 		if err != nil {
 			r.Fatal(err)
 		}
-		s, err := Open(dir, Options{Platform: "linux/amd64"})
+		s, err := Open(dir, pullOptions())
 		if err != nil {
 			r.Fatal(err)
 		}
 		defer func() { s.Close() }()
 		m := &model{names: map[string]string{}, leases: map[string]map[string]bool{}, present: map[string]bool{}}
 		pick := func(what string, n int) int { return rapid.IntRange(0, n-1).Draw(r, what) }
-		name := func() string { return fmt.Sprintf("docker.io/library/app:%d", pick("name", 6)) }
+		name := func() string {
+			n := pick("name", 8)
+			if n >= 6 {
+				return remotes[n-6]
+			}
+			return fmt.Sprintf("docker.io/library/app:%d", n)
+		}
 		holder := func() string { return fmt.Sprintf("c%d", pick("holder", 3)) }
 		steps := rapid.IntRange(1, 25).Draw(r, "steps")
 		for range steps {
-			switch op := rapid.SampledFrom([]string{"load", "load", "tag", "lease", "release", "remove", "force", "removeID", "prune", "pruneAll", "reopen"}).Draw(r, "op"); op {
+			switch op := rapid.SampledFrom([]string{"load", "load", "pull", "tag", "lease", "release", "remove", "force", "removeID", "prune", "pruneAll", "reopen"}).Draw(r, "op"); op {
 			case "load":
 				i := pick("image", 4)
 				if _, err := s.Load(ctx, bytes.NewReader(archives[i]), nil); err != nil {
@@ -53,6 +71,13 @@ func TestNothingNeededIsEverLost(t *testing.T) {
 				}
 				m.present[ids[i]] = true
 				m.names[fmt.Sprintf("docker.io/library/app:%d", i)] = ids[i]
+			case "pull":
+				i := pick("image", 2)
+				if _, err := s.Pull(ctx, remotes[i], PullOptions{}); err != nil {
+					r.Fatal(err)
+				}
+				m.present[ids[4+i]] = true
+				m.names[remotes[i]] = ids[4+i]
 			case "tag":
 				from, to := name(), name()
 				err := s.Tag(ctx, from, to)
@@ -88,7 +113,7 @@ func TestNothingNeededIsEverLost(t *testing.T) {
 					}
 				}
 			case "removeID":
-				id := ids[pick("image", 4)]
+				id := ids[pick("image", 6)]
 				_, _, err := s.Remove(ctx, id, false)
 				switch {
 				case !m.present[id]:
@@ -115,13 +140,19 @@ func TestNothingNeededIsEverLost(t *testing.T) {
 				if err := s.Close(); err != nil {
 					r.Fatal(err)
 				}
-				if s, err = Open(dir, Options{Platform: "linux/amd64"}); err != nil {
+				if s, err = Open(dir, pullOptions()); err != nil {
 					r.Fatal(err)
 				}
 			}
 			m.compare(ctx, r, s)
 		}
 	})
+}
+
+func fileLayer(content string) *imagetest.Layer {
+	l := &imagetest.Layer{}
+	l.File("own", 0o644, content)
+	return l
 }
 
 func expect(r *rapid.T, what string, err error, ok bool, class error) bool {

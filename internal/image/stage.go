@@ -25,7 +25,7 @@ type staged struct {
 	path   string
 	diffID string
 	rec    layerRecord
-	tree   *layerfs.Tree
+	tree   *layerfs.Tree // nil: to be read again
 }
 
 // stageOptions say what is known of a layer before it is read.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 	v1 "tandem/api/tandem/v1"
 )
@@ -66,17 +67,51 @@ func Open(dir string, o Options) (*LocalStore, error) {
 	if s.lock, err = lockDir(s.path("lock"), dir); err != nil {
 		return nil, err
 	}
-	s.db, err = bolt.Open(s.path("meta.db"), 0o600, &bolt.Options{Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType})
-	if err == nil {
-		if err = s.initDB(); err == nil {
-			err = s.sweep()
-		}
+	if err = s.openDB(); err == nil {
+		err = s.sweep()
 	}
 	if err != nil {
 		s.Close()
 		return nil, fmt.Errorf("image store %s: %w", dir, s.diskError(err, 0))
 	}
 	return s, nil
+}
+
+// openDB opens meta.db. A new one is made under another name first, so that a
+// crash leaves none rather than half of one.
+func (s *LocalStore) openDB() error {
+	path, fresh := s.path("meta.db"), s.path("tmp", "meta.db")
+	open := func(p string) (err error) {
+		s.db, err = bolt.Open(p, 0o600, &bolt.Options{Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType})
+		return err
+	}
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		if err := os.RemoveAll(fresh); err != nil {
+			return err
+		}
+		err := open(fresh)
+		if err == nil {
+			err = errors.Join(s.initDB(), s.db.Close())
+			s.db = nil
+		}
+		if err == nil {
+			err = os.Rename(fresh, path)
+		}
+		if err == nil {
+			err = syncDir(s.dir)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := open(path); err != nil {
+		s.db = nil
+		if errors.Is(err, berrors.ErrInvalid) || errors.Is(err, berrors.ErrChecksum) || errors.Is(err, berrors.ErrVersionMismatch) {
+			return fmt.Errorf("%s is damaged (%v); restore it, or remove the directory and pull again: %w", path, err, errdefs.ErrDataLoss)
+		}
+		return err
+	}
+	return s.initDB()
 }
 
 func lockDir(path, dir string) (*os.File, error) {

@@ -355,6 +355,24 @@ func TestHostileLayersAreRefused(t *testing.T) {
 	}
 }
 
+func TestDeepPathsHaveABudget(t *testing.T) {
+	deep := strings.Repeat("d/", 1000)
+	var files []file
+	for i := range 40 {
+		files = append(files, file{name: fmt.Sprintf("%sf%d", deep, i)})
+	}
+	_, err := Scan(bytes.NewReader(makeTar(t, files...)), Limits{MaxEntries: 1100})
+	if err != nil {
+		t.Errorf("an ordinary sum of depths: %v", err)
+	}
+	for i := range 100 {
+		files = append(files, file{name: fmt.Sprintf("%sg%d", deep, i)})
+	}
+	if _, err := Scan(bytes.NewReader(makeTar(t, files...)), Limits{MaxEntries: 1300}); err == nil || !strings.Contains(err.Error(), "too deep") {
+		t.Errorf("a sum of depths over the budget: %v", err)
+	}
+}
+
 func TestLimits(t *testing.T) {
 	layer := makeTar(t, file{name: "a/b/c/d", body: "12345"}, file{name: "e", body: "67890"})
 	for name, l := range map[string]Limits{

@@ -17,13 +17,15 @@ type Limits struct {
 }
 
 const (
-	maxComponent = 255       // bytes of one name in ext4
-	maxLinks     = 64000     // of ext4's 65,000 hard links, and of subdirectories
-	maxFileBytes = 32 << 30  // the ext4 writer's extent tree is right up to 40 GiB
-	maxXattrs    = 3800      // names and values that surely fit one ext4 block
-	maxXattrName = 200       // bytes after the namespace
-	maxFollow    = 40        // symbolic links followed for one path, as Linux does
-	maxID        = 1<<32 - 2 // (uid_t)-1 means "unchanged"
+	maxComponent = 255      // bytes of one name in ext4
+	maxLinks     = 64000    // of ext4's 65,000 hard links, and of subdirectories
+	maxFileBytes = 32 << 30 // the ext4 writer's extent tree is right up to 40 GiB
+	maxXattrs    = 3800     // names and values that surely fit one ext4 block
+	maxXattrName = 200      // bytes after the namespace
+	maxFollow    = 40       // symbolic links followed for one path, as Linux does
+	// stepsPerEntry, times MaxEntries, is the sum of all paths' depths.
+	stepsPerEntry = 100
+	maxID         = 1<<32 - 2 // (uid_t)-1 means "unchanged"
 )
 
 func (l Limits) withDefaults() Limits {

@@ -73,6 +73,7 @@ type scanner struct {
 	lim   Limits
 	last  string // name of the entry before, for messages
 	names int    // names ever put into the tree
+	steps int    // names looked up: deep paths and links must not cost for ever
 }
 
 // add takes one tar entry into the tree.
@@ -242,6 +243,9 @@ func (s *scanner) parent(entry string, parts []string, create bool) (*node, erro
 	for len(todo) > 0 {
 		c := todo[0]
 		todo = todo[1:]
+		if s.steps++; s.steps > stepsPerEntry*s.lim.MaxEntries {
+			return nil, refuse(entry, "the layer's paths are too deep to be followed")
+		}
 		if c == ".." {
 			if dir == s.tree.root {
 				return nil, refuse(entry, "a symbolic link in its path leads out of the layer")
