@@ -202,9 +202,7 @@ func (g Group) Kill(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if f, _ := g.Frozen(); f {
-			_ = g.freeze(false)
-		}
+		g.thawAll() // a frozen process does not die
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("cgroup %s still has %d processes after SIGKILL: %w", g.path, len(pids), context.DeadlineExceeded)
@@ -280,6 +278,21 @@ func (g Group) Freeze(ctx context.Context, frozen bool) error {
 			return fmt.Errorf("cgroup %s does not freeze: %w", g.path, context.DeadlineExceeded)
 		case <-time.After(wait):
 		}
+	}
+}
+
+// thawAll continues the group and all below it.
+func (g Group) thawAll() {
+	if g.l.Unified() {
+		return // SIGKILL reaches frozen processes there
+	}
+	if top := g.dir("freezer"); top != "" {
+		_ = filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
+			if err == nil && d.Name() == "freezer.state" {
+				_ = os.WriteFile(p, []byte("THAWED"), 0)
+			}
+			return nil
+		})
 	}
 }
 

@@ -66,6 +66,9 @@ func (c *Client) dial(ctx context.Context) (*conn, error) {
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
 		nc, err := (&net.Dialer{}).DialContext(ctx, "unix", c.socket)
 		if err == nil {
+			c.mu.Lock()
+			c.last = time.Time{} // it came up: should it go, start the next at once
+			c.mu.Unlock()
 			return &conn{Conn: nc}, nil
 		}
 		absent := errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist)

@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if dir := os.Getenv("TANDEM_CHURN"); dir != "" && len(os.Args) == 2 && os.Args[1] == "churn" {
+		churn(dir)
+	}
 	os.Exit(m.Run())
 }
 
@@ -51,23 +54,21 @@ func newHost(t testing.TB) *host {
 	}
 	h := &host{t: t, dir: dir, image: filepath.Join(dir, "busybox.img"), layer: "sha256:" + filepath.Base(dir)}
 	runtimetest.BusyboxImage(t, h.image)
-	sock := filepath.Join(dir, "m.sock")
-	h.spawned = monitor.Spawn([]string{"/proc/self/exe", "serve-monitor", filepath.Join(dir, "m"), sock}, filepath.Join(dir, "monitor.log"))
-	h.client = monitor.NewClient(sock, h.spawned)
-	h.opts = oci.Options{
-		StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run"), Runc: runtimetest.Runc(t),
-		Monitor: h.client, Metal: true, CgroupParent: "/tandem-" + filepath.Base(dir),
-		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
-	}
+	h.configure()
 	t.Cleanup(h.clean)
 	return h
 }
 
-type testWriter struct{ t testing.TB }
-
-func (w testWriter) Write(p []byte) (int, error) {
-	_, _ = os.Stderr.Write(p)
-	return len(p), nil
+func (h *host) configure() {
+	dir := h.dir
+	sock := filepath.Join(dir, "m.sock")
+	h.spawned = monitor.Spawn([]string{"/proc/self/exe", "serve-monitor", filepath.Join(dir, "m"), sock}, filepath.Join(dir, "monitor.log"))
+	h.client = monitor.NewClient(sock, h.spawned)
+	h.opts = oci.Options{
+		StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run"), Runc: runtimetest.Runc(h.t),
+		Monitor: h.client, Metal: true, CgroupParent: "/tandem-" + filepath.Base(dir),
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
+	}
 }
 
 func (h *host) open() *oci.Runtime {
