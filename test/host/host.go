@@ -423,3 +423,6 @@ func (h *Host) Compose(name, text string) string {
 	}
 	return f
 }
+
+// Pid is the first process of the host's namespaces, for nsenter by hand.
+func (h *Host) Pid() int { return h.init.Process.Pid }
