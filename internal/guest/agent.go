@@ -28,9 +28,9 @@ func RunAgent() error {
 	if err != nil {
 		log.Error("identity", "error", err)
 	}
-	s := newService(log, id, newContainers(log, openRuntime(log)))
+	s := newService(ctx, log, id, newContainers(log, openRuntime(log)))
 	if id.configured() {
-		go s.containers.keepStarting(ctx)
+		s.containers.start(ctx)
 	}
 	l := session.NewListener(newPortOpener().open, session.WithErrors(func(err error) { log.Info("agent channel", "error", err) }))
 	context.AfterFunc(ctx, func() { l.Close() })

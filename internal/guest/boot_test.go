@@ -1,6 +1,7 @@
 package guest_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 )
@@ -13,7 +14,11 @@ func TestColdBootAnswersHello(t *testing.T) {
 		time.Since(v.began).Round(time.Millisecond), h.BootToAgent.AsDuration(), h.Uptime.AsDuration())
 	in := v.inside()
 	eventually(t, "late modules", func() bool { _, err := in.try("read /run/tandem/modules-loaded"); return err == nil })
-	t.Log(in.do("kmsg"))
+	for _, l := range strings.Split(in.do("kmsg"), "\n") {
+		if strings.Contains(l, "tandem-") || strings.Contains(l, "Run /init") {
+			t.Log(l)
+		}
+	}
 	if h.Protocol != 1 || h.Configured || h.MachineId != "" || len(h.GuestId) != 32 || h.Kernel == "" {
 		t.Errorf("%v", h)
 	}

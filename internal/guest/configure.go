@@ -71,9 +71,7 @@ func (s *service) Configure(ctx context.Context, r *connect.Request[v1.Configure
 		return nil, err
 	}
 	s.id = next
-	if err := s.containers.start(ctx); err != nil {
-		return nil, err // the identity stays; Configure again
-	}
+	s.containers.start(s.ctx)
 	return connect.NewResponse(&v1.ConfigureResponse{GuestId: next.GuestID}), nil
 }
 

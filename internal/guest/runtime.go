@@ -23,10 +23,13 @@ import (
 )
 
 // containers is the runtime of the guest. It opens once the guest is configured,
-// because before that there is no disk for it.
+// because before that there is no disk for it; calls that come while it opens wait.
 type containers struct {
 	log  *slog.Logger
 	open func(context.Context) (runtime.Runtime, error)
+
+	once  sync.Once
+	ready chan struct{} // closed when rt and h are set
 
 	mu  sync.Mutex
 	rt  runtime.Runtime
@@ -35,7 +38,7 @@ type containers struct {
 }
 
 func newContainers(log *slog.Logger, open func(context.Context) (runtime.Runtime, error)) *containers {
-	return &containers{log: log, open: open,
+	return &containers{log: log, open: open, ready: make(chan struct{}),
 		err: fmt.Errorf("the guest is not configured yet; call Configure first: %w", errdefs.ErrFailedPrecondition)}
 }
 
@@ -57,33 +60,30 @@ func openRuntime(log *slog.Logger) func(context.Context) (runtime.Runtime, error
 	}
 }
 
-// start opens the runtime, or finds it open.
-func (c *containers) start(ctx context.Context) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.rt != nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	rt, err := c.open(ctx)
-	if err != nil {
-		c.err = fmt.Errorf("the guest's container runtime does not open: %w: %w", err, errdefs.ErrUnavailable)
-		return c.err
-	}
-	_, h := remote.NewHandler(rt)
-	c.rt, c.h, c.err = rt, h, nil
-	return nil
+// start opens the runtime in the background, until that succeeds or ctx ends.
+// Further calls do nothing.
+func (c *containers) start(ctx context.Context) {
+	c.once.Do(func() {
+		c.fail(nil)
+		go c.keepOpening(ctx)
+	})
 }
 
-// keepStarting opens the runtime of a guest that an earlier agent process served.
-func (c *containers) keepStarting(ctx context.Context) {
-	for wait := 100 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, 10*time.Second) {
-		err := c.start(ctx)
+func (c *containers) keepOpening(ctx context.Context) {
+	for wait := 100 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
+		octx, cancel := context.WithTimeout(ctx, time.Minute)
+		rt, err := c.open(octx)
+		cancel()
 		if err == nil {
+			_, h := remote.NewHandler(rt)
+			c.mu.Lock()
+			c.rt, c.h, c.err = rt, h, nil
+			c.mu.Unlock()
+			close(c.ready)
 			return
 		}
 		c.log.Error("open the container runtime", "error", err)
+		c.fail(err)
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
@@ -91,11 +91,32 @@ func (c *containers) keepStarting(ctx context.Context) {
 	}
 }
 
-// get is the runtime, or why there is none.
-func (c *containers) get() (runtime.Runtime, error) {
+// fail sets what calls are told; nil: they wait for the outcome.
+func (c *containers) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.rt, c.err
+	c.err = nil
+	if err != nil {
+		c.err = fmt.Errorf("the guest's container runtime does not open: %w: %w", err, errdefs.ErrUnavailable)
+	}
+}
+
+// get is the runtime, once it is open, or why there is none.
+func (c *containers) get(ctx context.Context) (runtime.Runtime, http.Handler, error) {
+	for {
+		c.mu.Lock()
+		rt, h, err := c.rt, c.h, c.err
+		c.mu.Unlock()
+		if rt != nil || err != nil {
+			return rt, h, err
+		}
+		select {
+		case <-c.ready:
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		case <-time.After(100 * time.Millisecond): // it may have failed
+		}
+	}
 }
 
 // path is where RuntimeService is served.
@@ -106,10 +127,8 @@ func (c *containers) path() string {
 
 // ServeHTTP is RuntimeService.
 func (c *containers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c.mu.Lock()
-	h, err := c.h, c.err
-	c.mu.Unlock()
-	if h == nil {
+	_, h, err := c.get(r.Context())
+	if err != nil {
 		connect.NewErrorWriter().Write(w, r, rpc.ToConnect(err))
 		return
 	}
@@ -119,7 +138,7 @@ func (c *containers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // stopAll asks every container to end, all at the same time, and returns when
 // they have or ctx ends. What is left dies with the machine.
 func (c *containers) stopAll(ctx context.Context, grace time.Duration) {
-	rt, err := c.get()
+	rt, _, err := c.get(ctx)
 	if err != nil {
 		return
 	}

@@ -21,6 +21,7 @@ const Protocol = 1
 
 // service is GuestService.
 type service struct {
+	ctx        context.Context // of the process
 	log        *slog.Logger
 	containers *containers
 	started    time.Duration // uptime when the agent began
@@ -31,8 +32,8 @@ type service struct {
 
 var _ tandemv1connect.GuestServiceHandler = (*service)(nil)
 
-func newService(log *slog.Logger, id identity, c *containers) *service {
-	return &service{log: log, containers: c, id: id, started: uptime()}
+func newService(ctx context.Context, log *slog.Logger, id identity, c *containers) *service {
+	return &service{ctx: ctx, log: log, containers: c, id: id, started: uptime()}
 }
 
 // uptime counts also while the machine sleeps.

@@ -57,6 +57,7 @@ func start(t *testing.T, m guestimage.Manifest, memory []string, extra ...string
 	v := &vm{t: t, dir: dir, exited: make(chan struct{})}
 	args := append([]string{
 		"-accel", "tcg,thread=multi,tb-size=256", "-bios", "qboot.rom",
+		"-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+aes,+pclmulqdq,-svm", // as the driver's: rdrand seeds the kernel at once
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-smp", "1,maxcpus=4,sockets=1,cores=4,threads=1",
 		"-kernel", m.Kernel, "-initrd", m.Initrd,
