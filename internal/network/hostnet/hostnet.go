@@ -132,8 +132,8 @@ func (h *Host) VethName(containerID string) string {
 }
 
 // Apply implements network.Network. What is invalid in s (but for single
-// published ports) is InvalidArgument, and nothing changes. Published ports that
-// can't be had, and a name server that can't listen, are reported as
+// published ports and names) is InvalidArgument, and nothing changes. Ports and
+// names that can't be had, and a name server that can't listen, are reported as
 // network.Degraded after all else is done: the caller shows the error and applies
 // again later.
 func (h *Host) Apply(ctx context.Context, s *network.State) error {
@@ -145,7 +145,7 @@ func (h *Host) Apply(ctx context.Context, s *network.State) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	w, portErr, err := h.parse(s)
+	w, skipped, err := h.parse(s)
 	if err != nil {
 		return fmt.Errorf("network state: %w", err)
 	}
@@ -171,7 +171,7 @@ func (h *Host) Apply(ctx context.Context, s *network.State) error {
 	if err := h.forget(w, gone); err != nil {
 		h.log.Warn("connection tracking was not cleaned: old connections may hang until they time out", "error", err)
 	}
-	if err := errors.Join(portErr, busy, namesErr); err != nil {
+	if err := errors.Join(skipped, busy, namesErr); err != nil {
 		return &network.Degraded{Err: err}
 	}
 	return nil

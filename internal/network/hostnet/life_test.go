@@ -171,7 +171,6 @@ func TestInvalidStatesChangeNothing(t *testing.T) {
 		"prefix twice":  func(s *network.State) { s.Machines[0].Prefixes = s.Machines[1].Prefixes },
 		"container":     func(s *network.State) { s.Containers = []network.MetalContainer{{ID: "c", IP: "127.0.0.1"}} },
 		"another's":     func(s *network.State) { s.Containers = []network.MetalContainer{{ID: "c", IP: "10.64.0.5"}} },
-		"name":          func(s *network.State) { s.Names = []*v1.NameRecord{{Network: "na", Name: "x", Ips: []string{"y"}}} },
 	} {
 		s := &network.State{Machines: append([]network.Machine(nil), w.state.Machines...), Names: w.state.Names}
 		for _, n := range w.state.Networks {
@@ -189,6 +188,35 @@ func TestInvalidStatesChangeNothing(t *testing.T) {
 		if _, err := hostnet.New(o); !errors.Is(err, errdefs.ErrInvalidArgument) {
 			t.Errorf("%+v: %v", o, err)
 		}
+	}
+}
+
+func TestOneBadNameStopsNoOther(t *testing.T) {
+	w := newWorld(t)
+	w.state.Names = append(w.state.Names, &v1.NameRecord{Network: "na", Name: "x", Ips: []string{"y"}},
+		&v1.NameRecord{Network: "na", Name: "later", Ips: []string{"10.64.0.2"}})
+	var d *network.Degraded
+	if err := w.h.Apply(ctx, &w.state); !errors.As(err, &d) || !errors.Is(err, errdefs.ErrInvalidArgument) {
+		t.Errorf("error: %v", err)
+	}
+	if got := askName(w.a1.NS, "udp", "later"); got != "10.64.0.2" {
+		t.Errorf("another name: %s", got)
+	}
+}
+
+func TestForwardBlockers(t *testing.T) {
+	w := newWorld(t)
+	if got, err := hostnet.ForwardBlockers(); err != nil || len(got) != 0 {
+		t.Errorf("none but ours: %v %v", got, err)
+	}
+	bed.Serve(t, w.outer, "outer", outerIP+":80")
+	nft(t, "add", "table", "ip", "filter")
+	nft(t, "add", "chain", "ip", "filter", "FORWARD", "{ type filter hook forward priority 0; policy drop; }")
+	defer nft(t, "delete", "table", "ip", "filter")
+	bed.MustFail(t, w.a1.NS, "tcp", outerIP+":80")
+	got, err := hostnet.ForwardBlockers()
+	if err != nil || len(got) != 1 || got[0] != "ip filter FORWARD" {
+		t.Errorf("blockers: %v %v", got, err)
 	}
 }
 

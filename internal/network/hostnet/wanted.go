@@ -75,8 +75,9 @@ func invalid(format string, a ...any) error {
 	return fmt.Errorf("%s: %w", fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
 }
 
-// parse checks a state. portErr joins what is wrong with single ports.
-func (h *Host) parse(s *network.State) (w *wanted, portErr, err error) {
+// parse checks a state. skipped joins what is wrong with single ports and names:
+// users choose them, so that one must not stop the others.
+func (h *Host) parse(s *network.State) (w *wanted, skipped, err error) {
 	w = &wanted{services: map[svcKey][]netip.AddrPort{}}
 	if err := w.networks(s.Networks); err != nil {
 		return nil, nil, err
@@ -122,11 +123,13 @@ func (h *Host) parse(s *network.State) (w *wanted, portErr, err error) {
 	if err := owned.disjoint(); err != nil {
 		return nil, nil, err
 	}
-	portErr = w.ports(s.Ports)
-	if w.view, err = names.NewView(s.Networks, s.Names); err != nil {
-		return nil, nil, err
+	portErr := w.ports(s.Ports)
+	view, nameErr := names.NewView(s.Networks, s.Names)
+	if view == nil {
+		return nil, nil, nameErr
 	}
-	return w, portErr, nil
+	w.view = view
+	return w, errors.Join(portErr, nameErr), nil
 }
 
 func (w *wanted) networks(specs []*v1.NetworkSpec) error {

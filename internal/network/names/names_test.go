@@ -1,6 +1,7 @@
 package names
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/miekg/dns"
 
 	v1 "tandem/api/tandem/v1"
@@ -353,9 +355,16 @@ func TestBadViews(t *testing.T) {
 		{Network: "na", Name: "x", Ips: []string{"::1"}},
 		{Network: "na", Name: "x", Ips: []string{"nonsense"}},
 	} {
-		if _, err := NewView(testNets, []*v1.NameRecord{r}); err == nil {
-			t.Errorf("%v: no error", r)
+		good := &v1.NameRecord{Network: "na", Name: "good", Ips: []string{"127.1.0.1"}}
+		v, err := NewView(testNets, []*v1.NameRecord{r, good})
+		if !errors.Is(err, errdefs.ErrInvalidArgument) || v == nil {
+			t.Errorf("%v: %v", r, err)
+		} else if n := v.networkOf(netip.MustParseAddr(clientA)); len(n.names) != 1 || n.names["good"] == nil {
+			t.Errorf("%v: %v", r, n.names)
 		}
+	}
+	if v, err := NewView([]*v1.NetworkSpec{{Id: "x", Cidr: "y"}}, nil); err == nil || v != nil {
+		t.Error("a view of no network")
 	}
 }
 

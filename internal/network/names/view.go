@@ -1,6 +1,7 @@
 package names
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"sort"
@@ -29,7 +30,9 @@ type net4 struct {
 }
 
 // NewView checks and indexes records. Records of networks that are not there are
-// left out: nobody could ask for them.
+// left out: nobody could ask for them. Records that are invalid are left out too,
+// and named by the error that comes with the view. Without networks that can be
+// understood there is no view.
 func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error) {
 	v := &View{}
 	byID := map[string]*net4{}
@@ -46,6 +49,8 @@ func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error
 		v.nets = append(v.nets, x)
 	}
 	sort.Slice(v.nets, func(i, j int) bool { return v.nets[i].cidr.Addr().Less(v.nets[j].cidr.Addr()) })
+	var errs []error
+records:
 	for _, r := range records {
 		n := byID[r.GetNetwork()]
 		if n == nil {
@@ -53,7 +58,8 @@ func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error
 		}
 		name := strings.TrimSuffix(strings.ToLower(r.GetName()), ".")
 		if _, ok := dns.IsDomainName(name); !ok || name == "" {
-			return nil, fmt.Errorf("name %q in network %s is not a domain name: %w", r.GetName(), n.id, errdefs.ErrInvalidArgument)
+			errs = append(errs, fmt.Errorf("name %q in network %s is not a domain name: %w", r.GetName(), n.id, errdefs.ErrInvalidArgument))
+			continue
 		}
 		ips := n.names[name]
 		if ips == nil {
@@ -62,7 +68,8 @@ func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error
 		for _, s := range r.GetIps() {
 			ip, err := netip.ParseAddr(s)
 			if err != nil || !ip.Is4() {
-				return nil, fmt.Errorf("name %s in network %s: %q is not an IPv4 address: %w", name, n.id, s, errdefs.ErrInvalidArgument)
+				errs = append(errs, fmt.Errorf("name %s in network %s: %q is not an IPv4 address: %w", name, n.id, s, errdefs.ErrInvalidArgument))
+				continue records
 			}
 			ips = append(ips, ip)
 		}
@@ -79,7 +86,7 @@ func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error
 			}
 		}
 	}
-	return v, nil
+	return v, errors.Join(errs...)
 }
 
 func better(a, b string) bool {
