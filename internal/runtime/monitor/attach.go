@@ -182,7 +182,7 @@ func (s *server) exec(cn *conn, r *ExecRequest) error {
 	if err := os.WriteFile(base+".json", r.Process, 0o600); err != nil {
 		return fmt.Errorf("exec in container %s: %w", r.ID, err)
 	}
-	io, err := openPipes(r.TTY, r.Stdin)
+	io, err := openPipes(c.dir, r.TTY, r.Stdin)
 	if err != nil {
 		return err
 	}

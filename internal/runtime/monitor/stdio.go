@@ -32,7 +32,7 @@ func openStdio(dir string, r *StartRequest) (*stdio, error) {
 	s := &stdio{}
 	if r.TTY {
 		var err error
-		s.console, err = listenConsole()
+		s.console, err = listenConsole(dir)
 		return s, err
 	}
 	fail := func(err error) (*stdio, error) {
@@ -108,11 +108,11 @@ func openFIFO(path string, flags int) (*os.File, error) {
 }
 
 // openPipes makes the streams of an exec.
-func openPipes(tty, stdin bool) (*stdio, error) {
+func openPipes(dir string, tty, stdin bool) (*stdio, error) {
 	s := &stdio{}
 	if tty {
 		var err error
-		s.console, err = listenConsole()
+		s.console, err = listenConsole(dir)
 		return s, err
 	}
 	for i, name := range []string{"stdout", "stderr"} {
@@ -164,9 +164,11 @@ type console struct {
 	l         *net.UnixListener
 }
 
-func listenConsole() (*console, error) {
-	// A short path: socket names have 107 bytes.
-	dir, err := os.MkdirTemp("", "tc")
+func listenConsole(base string) (*console, error) {
+	if len(base) > 80 { // socket names have 107 bytes
+		base = ""
+	}
+	dir, err := os.MkdirTemp(base, "tty")
 	if err != nil {
 		return nil, fmt.Errorf("console socket: %w", err)
 	}

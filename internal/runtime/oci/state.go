@@ -263,6 +263,27 @@ func (r *Runtime) markEnded(c *container, st monitor.Status) {
 	}
 	close(c.stopped)
 	r.publish("exit", c)
+	if r.o.Endpoint != nil {
+		go r.unlink(c)
+	}
+}
+
+// unlink takes the network of a container that has ended; the next start makes
+// it anew. Nobody waits for it: a failure is mended by Delete.
+func (r *Runtime) unlink(c *container) {
+	c.op.Lock()
+	defer c.op.Unlock()
+	r.mu.Lock()
+	idle := !c.running() && !c.deleted
+	r.mu.Unlock()
+	if !idle {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := r.o.Endpoint.Teardown(ctx, c.id); err != nil {
+		r.log.Warn("take down the network of an ended container", "container", c.id, "error", err)
+	}
 }
 
 // lost ends what was running for us and is unknown to the monitor: the kernel
