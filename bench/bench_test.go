@@ -322,7 +322,7 @@ func BenchmarkServer(b *testing.B) {
 	h := cloned(b)
 	h.Images()
 	pid := 0
-	for _, p := range h.Find("tandem", "serve") {
+	for _, p := range h.Server() {
 		pid = p
 	}
 	stat := func() (rss int64, cpu time.Duration) {

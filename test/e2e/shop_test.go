@@ -95,6 +95,7 @@ func TestShop(t *testing.T) {
 	}
 
 	t.Run("up again changes nothing", func(t *testing.T) {
+		h := h.In(t)
 		before := h.Container("shop-web-1")
 		h.Tandem("up", "-f", f)
 		if after := h.Container("shop-web-1"); after.Meta.ID != before.Meta.ID || after.Status.StartedAt != before.Status.StartedAt {
@@ -102,6 +103,7 @@ func TestShop(t *testing.T) {
 		}
 	})
 	t.Run("killing the server stops nothing", func(t *testing.T) {
+		h := h.In(t)
 		before := h.Container("shop-api-1")
 		h.Kill9()
 		if page, err := h.Curl("http://127.0.0.1:8080/index.html"); err != nil || page != "changed\n" {
@@ -112,11 +114,16 @@ func TestShop(t *testing.T) {
 		if after := h.Container("shop-api-1"); after.Status.StartedAt != before.Status.StartedAt {
 			t.Errorf("api was restarted: %v, %v", before.Status, after.Status)
 		}
-		if out := h.Tandem("logs", "-p", "shop", "seed"); !strings.Contains(out, "seeded") {
-			t.Errorf("logs after the restart: %q", out)
-		}
+		h.Eventually(time.Minute, "logs after the restart", func() error {
+			out, err := h.Try("logs", "-p", "shop", "seed")
+			if err == nil && !strings.Contains(out, "seeded") {
+				err = fmt.Errorf("got %q", out)
+			}
+			return err
+		})
 	})
 	t.Run("a crashed machine comes back with its containers", func(t *testing.T) {
+		h := h.In(t)
 		q := h.Find("qemu-system", "-name")
 		if len(q) == 0 {
 			t.Fatal("no QEMU process found")
@@ -133,6 +140,7 @@ func TestShop(t *testing.T) {
 		})
 	})
 	t.Run("down removes all but the volume", func(t *testing.T) {
+		h := h.In(t)
 		h.Tandem("down", "-p", "shop")
 		if all, err := h.Containers(); err != nil || len(all) != 0 {
 			t.Errorf("containers after down: %v, %v", all, err)
@@ -161,6 +169,7 @@ func TestRun(t *testing.T) {
 	h.Launch()
 	h.Images()
 	t.Run("exit code and output", func(t *testing.T) {
+		h := h.In(t)
 		out, err := h.Try("run", "--rm", "busybox", "sh", "-c", "echo out; echo err >&2; exit 7")
 		if out != "out\n" {
 			t.Errorf("standard output: %q", out)
@@ -170,12 +179,14 @@ func TestRun(t *testing.T) {
 		}
 	})
 	t.Run("standard input", func(t *testing.T) {
+		h := h.In(t)
 		out, err := h.TryFor(2*time.Minute, "hello\n", "run", "--rm", "-i", "busybox", "cat")
 		if err != nil || out != "hello\n" {
 			t.Errorf("%q, %v", out, err)
 		}
 	})
 	t.Run("metal", func(t *testing.T) {
+		h := h.In(t)
 		out, err := h.Try("run", "--rm", "--isolation", "metal", "busybox", "uname", "-r")
 		var uts unix.Utsname
 		unix.Uname(&uts)
@@ -184,6 +195,7 @@ func TestRun(t *testing.T) {
 		}
 	})
 	t.Run("memory limit", func(t *testing.T) {
+		h := h.In(t)
 		_, err := h.Try("run", "--name", "greedy", "-m", "32m", "busybox", "sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; tail -c 50m /dev/zero | tail >/dev/null")
 		if err == nil {
 			t.Error("a container used more memory than its limit")
@@ -191,6 +203,7 @@ func TestRun(t *testing.T) {
 		h.Tandem("rm", "-f", "greedy")
 	})
 	t.Run("exits while the agent is away", func(t *testing.T) {
+		h := h.In(t)
 		h.Tandem("run", "-d", "--name", "brief", "busybox", "sh", "-c", "sleep 3; echo done; exit 5")
 		h.Eventually(time.Minute, "brief runs", func() error { return inMachine(h.Container("brief")) })
 		h.Kill9()
@@ -209,6 +222,7 @@ func TestRun(t *testing.T) {
 		h.Tandem("rm", "brief")
 	})
 	t.Run("refusals name the reason", func(t *testing.T) {
+		h := h.In(t)
 		for _, c := range []struct{ want, in string }{
 			{"bind", "services: {a: {image: busybox, volumes: ['/etc:/x']}}"},
 			{"not yet", "services: {a: {build: .}}"},

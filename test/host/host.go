@@ -113,7 +113,7 @@ type Host struct {
 	Dir   string // everything of it lies below
 	Bin   string // tandem, runc, guest/
 	init  *exec.Cmd
-	serve *exec.Cmd
+	serve **exec.Cmd
 	log   *os.File
 }
 
@@ -141,7 +141,7 @@ func New(t testing.TB) *Host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{t: t, Dir: dir, Bin: libDir(t)}
+	h := &Host{t: t, Dir: dir, Bin: libDir(t), serve: new(*exec.Cmd)}
 	h.init = exec.Command("/proc/self/exe")
 	h.init.Env = append(os.Environ(), envInit+"="+cgroupMounts())
 	h.init.Stderr = os.Stderr
@@ -178,7 +178,7 @@ func (h *Host) close() {
 		}
 		h.t.Logf("serve.log:\n%s", b)
 	}
-	if h.serve != nil {
+	if *h.serve != nil {
 		h.Kill9()
 	}
 	out, err := h.Try("reset", "--yes", "--state-dir", h.State(), "--run-dir", h.RunDir())
@@ -231,7 +231,7 @@ func (h *Host) Launch(flags ...string) {
 	if err := c.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	h.serve = c
+	*h.serve = c
 	h.Eventually(60*time.Second, "tandem serve answers", func() error {
 		out, err := h.Try("host", "ls", "--format", "json")
 		if err != nil {
@@ -252,12 +252,12 @@ func (h *Host) Launch(flags ...string) {
 
 // Kill9 kills `tandem serve` (nsenter's child too).
 func (h *Host) Kill9() {
-	for _, p := range h.Find("tandem", "serve") {
+	for _, p := range h.Server() {
 		unix.Kill(p, unix.SIGKILL)
 	}
-	h.serve.Process.Kill()
-	h.serve.Wait()
-	h.serve = nil
+	(*h.serve).Process.Kill()
+	(*h.serve).Wait()
+	*h.serve = nil
 }
 
 // Try runs tandem in the host and returns what it printed on standard output;
@@ -344,6 +344,25 @@ next:
 		out = append(out, pid)
 	}
 	return out
+}
+
+// Server is the process of `tandem serve`.
+func (h *Host) Server() []int {
+	var out []int
+	for _, p := range h.Find("tandem", "serve") {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
+		if a := strings.Split(string(b), "\x00"); len(a) > 1 && filepath.Base(a[0]) == "tandem" && a[1] == "serve" {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// In is the same host for a subtest.
+func (h *Host) In(t testing.TB) *Host {
+	sub := *h
+	sub.t = t
+	return &sub
 }
 
 // Processes lists command lines of the host's processes of these programs.
