@@ -2509,6 +2509,7 @@ type ExecSpec struct {
 	Privileged    bool                   `protobuf:"varint,8,opt,name=privileged,proto3" json:"privileged,omitempty"`
 	Window        *WindowSize            `protobuf:"bytes,9,opt,name=window,proto3" json:"window,omitempty"`
 	Timeout       *durationpb.Duration   `protobuf:"bytes,10,opt,name=timeout,proto3" json:"timeout,omitempty"` // kill after; absent = never
+	Detach        bool                   `protobuf:"varint,11,opt,name=detach,proto3" json:"detach,omitempty"`  // goes on when the caller goes; its output is dropped
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2611,6 +2612,13 @@ func (x *ExecSpec) GetTimeout() *durationpb.Duration {
 		return x.Timeout
 	}
 	return nil
+}
+
+func (x *ExecSpec) GetDetach() bool {
+	if x != nil {
+		return x.Detach
+	}
+	return false
 }
 
 // StreamInput is what goes to exec, attach and console. The first message
@@ -3731,7 +3739,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
-	"\acolumns\x18\x02 \x01(\rR\acolumns\"\xb4\x02\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\"\xcc\x02\n" +
 	"\bExecSpec\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -3746,7 +3754,8 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"privileged\x12-\n" +
 	"\x06window\x18\t \x01(\v2\x15.tandem.v1.WindowSizeR\x06window\x123\n" +
 	"\atimeout\x18\n" +
-	" \x01(\v2\x19.google.protobuf.DurationR\atimeout\"\xab\x02\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x16\n" +
+	"\x06detach\x18\v \x01(\bR\x06detach\"\xab\x02\n" +
 	"\vStreamInput\x12)\n" +
 	"\x04exec\x18\x01 \x01(\v2\x13.tandem.v1.ExecSpecH\x00R\x04exec\x12/\n" +
 	"\x06attach\x18\x02 \x01(\v2\x15.tandem.v1.AttachSpecH\x00R\x06attach\x12\x16\n" +
