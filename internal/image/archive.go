@@ -55,7 +55,7 @@ func (s *LocalStore) readArchive(ctx context.Context, r io.Reader, p func(read i
 
 func (s *LocalStore) fillArchive(ctx context.Context, a *archive, r io.Reader, p func(int64, string)) error {
 	name := ""
-	in := &source{ctx: ctx, r: r, max: s.opts.MaxArchiveBytes, sum: sha256.New()}
+	in := &source{ctx: ctx, r: r, max: s.opts.MaxArchiveBytes}
 	in.onBytes = func(n int64) { p(n, name) }
 	head := bufio.NewReaderSize(in, 1<<18)
 	peek, err := head.Peek(512)

@@ -20,19 +20,24 @@ type newImage struct {
 	layer func(i int) layerSource
 }
 
-// add makes sure that the store has all layers, then records the image and its
-// names. The layers are pinned all along; on failure what was made is removed.
-func (s *LocalStore) add(ctx context.Context, n newImage, p ProgressFunc) (img *v1.Image, err error) {
-	c, err := decodeConfig(n.config)
-	if err != nil {
-		return nil, err
+// add makes sure that the store has all layers of the images, then records all
+// of them and their names in one step. The layers are pinned all along; on
+// failure what was made is removed.
+func (s *LocalStore) add(ctx context.Context, images []newImage, p ProgressFunc) (out []*v1.Image, err error) {
+	var all []string
+	layers := make([][]string, len(images))
+	for i, n := range images {
+		c, err := decodeConfig(n.config)
+		if err != nil {
+			return nil, err
+		}
+		if len(c.RootFS.DiffIDs) == 0 {
+			return nil, badConfig("the image has no layers")
+		}
+		layers[i] = c.RootFS.DiffIDs
+		all = append(all, layers[i]...)
 	}
-	id := hashOf(n.config)
-	layers := c.RootFS.DiffIDs
-	if len(layers) == 0 {
-		return nil, badConfig("the image has no layers")
-	}
-	unpin := s.pin(layers)
+	unpin := s.pin(all)
 	defer func() {
 		unpin()
 		if err != nil {
@@ -42,26 +47,36 @@ func (s *LocalStore) add(ctx context.Context, n newImage, p ProgressFunc) (img *
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(s.opts.Parallel)
 	seen := map[string]bool{}
-	for i, d := range layers {
-		if !seen[d] {
-			seen[d] = true
-			g.Go(func() error { return s.ensureLayer(gctx, d, p, n.layer(i)) })
+	for i, n := range images {
+		for j, d := range layers[i] {
+			if !seen[d] {
+				seen[d] = true
+				g.Go(func() error { return s.ensureLayer(gctx, d, p, n.layer(j)) })
+			}
 		}
 	}
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
 	err = s.db.Update(func(tx *bolt.Tx) error {
-		if err := s.record(tx, id, layers, n); err != nil {
-			return err
+		for i, n := range images {
+			if err := s.record(tx, hashOf(n.config), layers[i], n); err != nil {
+				return fmt.Errorf("image %s: %w", nameOr(n.names, hashOf(n.config)), err)
+			}
 		}
-		img, err = s.view(tx, id)
-		return err
+		for _, n := range images {
+			img, err := s.view(tx, hashOf(n.config))
+			if err != nil {
+				return err
+			}
+			out = append(out, img)
+		}
+		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("record image %s: %w", id, s.diskError(err, 0))
+		return nil, fmt.Errorf("record images: %w", s.diskError(err, 0))
 	}
-	return img, nil
+	return out, nil
 }
 
 func (s *LocalStore) record(tx *bolt.Tx, id string, layers []string, n newImage) error {

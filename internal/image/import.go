@@ -59,13 +59,13 @@ func (s *LocalStore) Import(ctx context.Context, r io.Reader, ref string, o Impo
 	if err != nil {
 		return nil, fmt.Errorf("import: %w", err)
 	}
-	img, err := s.add(ctx, newImage{config: raw, names: names, layer: func(int) layerSource {
+	images, err := s.add(ctx, []newImage{{config: raw, names: names, layer: func(int) layerSource {
 		return func(context.Context, ProgressFunc) (*staged, *workDir, error) { return st, dir.hold(), nil }
-	}}, o.Progress)
+	}}}, o.Progress)
 	if err != nil {
 		return nil, fmt.Errorf("import: %w", err)
 	}
-	return img, nil
+	return images[0], nil
 }
 
 // stageImport stages the root file system. bzip2 and trailing rubbish are for

@@ -18,8 +18,8 @@ import (
 // once; memory does not grow with it. An archive that is both, as "docker save"
 // writes it, is read as OCI layout. Of an index, the image for this host is taken.
 //
-// Images that were complete before a failing one stay loaded. What is wrong with
-// an archive is InvalidArgument and names the layer and entry.
+// All images of an archive are loaded, or none. What is wrong with an archive is
+// InvalidArgument and names the layer and entry.
 func (s *LocalStore) Load(ctx context.Context, r io.Reader, p ProgressFunc) ([]*v1.Image, error) {
 	done, err := s.begin(ctx)
 	if err != nil {
@@ -50,14 +50,12 @@ func (s *LocalStore) Load(ctx context.Context, r io.Reader, p ProgressFunc) ([]*
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}
-	var out []*v1.Image
-	for _, n := range images {
-		img, err := s.add(ctx, n, p)
-		if err != nil {
-			return out, fmt.Errorf("load image %s: %w", nameOr(n.names, hashOf(n.config)), s.diskError(err, 0))
-		}
+	out, err := s.add(ctx, images, p)
+	if err != nil {
+		return nil, fmt.Errorf("load: %w", s.diskError(err, 0))
+	}
+	for _, img := range out {
 		tell(p, &v1.Progress{Id: "image " + img.Id, Action: "loaded", Message: strings.Join(familiar(img.Names), ", "), Done: true})
-		out = append(out, img)
 	}
 	return out, nil
 }

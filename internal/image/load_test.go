@@ -367,6 +367,26 @@ func independentCheck(t *testing.T, format string, archive []byte, src interface
 	}
 }
 
+func TestAllImagesOfAnArchiveOrNone(t *testing.T) {
+	ctx := context.Background()
+	one, two := hello(t), layerTar(t, func(l *imagetest.Layer) { l.File("two", 0o644, "2") })
+	archive := func(second []byte) []byte {
+		return writeTar(t, member{name: "1.tar", body: one}, member{name: "2.tar", body: two}, member{name: "1.json", body: configFor(t, one)}, member{name: "2.json", body: second},
+			member{name: "manifest.json", body: mustJSON(t, []dockerManifest{
+				{Config: "1.json", RepoTags: []string{"a:1", "a:2"}, Layers: []string{"1.tar"}}, {Config: "2.json", RepoTags: []string{"b:1"}, Layers: []string{"1.tar", "2.tar"}}})})
+	}
+	s := openStore(t, Options{Platform: "linux/amd64"})
+	if _, err := s.Load(ctx, bytes.NewReader(archive(configFor(t, one, one))), nil); !errors.Is(err, errdefs.ErrInvalidArgument) {
+		t.Errorf("second image is wrong: %v", err)
+	}
+	assertEmpty(t, s)
+	images, err := s.Load(ctx, bytes.NewReader(archive(configFor(t, one, two))), nil)
+	if err != nil || len(images) != 2 || len(images[0].Names) != 2 || len(images[1].Layers) != 2 {
+		t.Errorf("both right: %v, %v", images, err)
+	}
+	assertSound(t, s, true)
+}
+
 func TestTreesOverTheLimitAreReadAgain(t *testing.T) {
 	// Each layer is within the limit of entries, all together are not.
 	var layers [][]byte

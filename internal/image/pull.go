@@ -85,12 +85,12 @@ func (s *LocalStore) pull(ctx context.Context, named reference.Named, want strin
 		if err := s.roomFor(n, m); err != nil {
 			return nil, err
 		}
-		img, err := s.add(ctx, *n, p)
+		images, err := s.add(ctx, []newImage{*n}, p)
 		if err != nil {
 			return nil, err
 		}
 		tell(p, &v1.Progress{Id: what, Action: "pulled", Message: n.digest, Done: true})
-		return img, nil
+		return images[0], nil
 	}
 	// The registry's own answer comes last and counts.
 	last := errs[len(errs)-1]

@@ -130,7 +130,7 @@ func (a *archiveWriter) file(name string, size int64, r io.Reader) error {
 	if err := a.tw.WriteHeader(h); err != nil {
 		return err
 	}
-	_, err := io.Copy(a.tw, &source{ctx: a.ctx, r: r, sum: sha256.New()})
+	_, err := io.Copy(a.tw, &source{ctx: a.ctx, r: r})
 	return err
 }
 

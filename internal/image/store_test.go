@@ -144,6 +144,17 @@ func TestOneProcessAtATime(t *testing.T) {
 	}
 }
 
+func TestDamagedMetadataIsNamed(t *testing.T) {
+	dir := t.TempDir()
+	openAt(t, dir, Options{}).Close()
+	if err := os.WriteFile(filepath.Join(dir, "meta.db"), make([]byte, 32<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(dir, Options{}); !errors.Is(err, errdefs.ErrDataLoss) || !strings.Contains(err.Error(), "meta.db") {
+		t.Errorf("open: %v", err)
+	}
+}
+
 func TestImport(t *testing.T) {
 	ctx := context.Background()
 	s := openStore(t, Options{})
