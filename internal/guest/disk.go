@@ -55,13 +55,23 @@ func findDisk(ctx context.Context, serial string) (dev string, err error) {
 			// Unit serial number page: header of four bytes, then the text.
 			if err == nil && len(b) > 4 && strings.TrimSpace(string(b[4:])) == serial {
 				dev = "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(p)))
-				_, err := os.Stat(dev)
-				return err == nil, nil
+				return opens(dev), nil
 			}
 		}
 		return false, nil
 	})
 	return dev, err
+}
+
+// opens is false while a disk that was just attached is still being read in: its
+// device exists, but opening it fails (ENXIO).
+func opens(dev string) bool {
+	fd, err := unix.Open(dev, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
 }
 
 // mountScratch puts the disk for writable layers and logs in its place.

@@ -1,5 +1,6 @@
 // Package guest is tandem-guest: the one program of a container machine. It is
-// PID 1, the agent that the host talks to, and the kernel's modprobe:
+// PID 1, the agent that the host talks to, the kernel's modprobe, and the init
+// of containers that ask for one:
 //
 //	guest.Main(os.Args)
 //
@@ -22,6 +23,7 @@ import (
 	"path/filepath"
 
 	"tandem/internal/guest/layout"
+	"tandem/internal/runtime/initproc"
 )
 
 // Version is what Hello answers; the linker may set it.
@@ -29,6 +31,7 @@ var Version = "dev"
 
 // Main is the program: what it does depends on how it was called.
 func Main(args []string) {
+	initproc.Main() // ends here in a container that wants an init
 	switch {
 	case filepath.Base(args[0]) == filepath.Base(layout.Modprobe):
 		os.Exit(Modprobe(args[1:]))

@@ -13,6 +13,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 
+	v1 "tandem/api/tandem/v1"
 	"tandem/internal/guest/layout"
 	"tandem/internal/network/endpoint"
 	"tandem/internal/rpc"
@@ -55,9 +56,23 @@ func openRuntime(log *slog.Logger) func(context.Context) (runtime.Runtime, error
 			Runc:     layout.Runc,
 			Monitor:  monitor.NewClient(layout.MonitorSocket, nil),
 			Endpoint: ep,
+			InitPath: layout.Init,
 			Logger:   log,
 		})
 	}
+}
+
+// hotplugged is a runtime whose disks were attached only just now.
+type hotplugged struct{ runtime.Runtime }
+
+// Mount waits until the disk can be opened.
+func (h hotplugged) Mount(ctx context.Context, r *v1.MountDiskRequest) (string, error) {
+	if r.Serial != "" {
+		if _, err := findDisk(ctx, r.Serial); err != nil {
+			return "", err
+		}
+	}
+	return h.Runtime.Mount(ctx, r)
 }
 
 // start opens the runtime in the background, until that succeeds or ctx ends.
@@ -75,6 +90,7 @@ func (c *containers) keepOpening(ctx context.Context) {
 		rt, err := c.open(octx)
 		cancel()
 		if err == nil {
+			rt = hotplugged{rt}
 			_, h := remote.NewHandler(rt)
 			c.mu.Lock()
 			c.rt, c.h, c.err = rt, h, nil
