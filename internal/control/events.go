@@ -84,6 +84,9 @@ func (c *Controller) followEvents(ctx context.Context) {
 
 func (c *Controller) eventOf(k store.Key, r store.Record, action string) *v1.Event {
 	e := &v1.Event{At: stamp(c.clock.Now()), Kind: string(k.Kind), Action: action, Id: r.GetMeta().GetId(), Name: k.Name, Project: k.Project}
+	if k.Kind == store.Projects {
+		e.Project = k.Name
+	}
 	if x, ok := r.(*v1.Container); ok {
 		e.Attributes = map[string]string{"image": x.GetSpec().GetImage()}
 		if x.Service != "" {

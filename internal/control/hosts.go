@@ -56,13 +56,13 @@ type session struct {
 	done   chan struct{}
 
 	mu      sync.Mutex
-	full    bool            // the agent has told everything once
-	seen    map[string]bool // ids that the agent has
-	applied uint64          // revision of the intent that it took last
+	full    bool                 // the agent has told everything once
+	seen    map[string]bool      // ids that the agent has
+	applied uint64               // revision of the intent that it took last
 	ever    map[string]bool      // ids that the agent has ever spoken of
 	sent    map[string]time.Time // ids it never spoke of, and since when they are not wanted
-	ids     map[string]bool // ids in that intent
-	pending *v1.HostStatus  // statuses to be written
+	ids     map[string]bool      // ids in that intent
+	pending *v1.HostStatus       // statuses to be written
 	wake    chan struct{}
 	lastIn  time.Time
 }

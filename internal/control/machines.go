@@ -9,6 +9,7 @@ import (
 	"github.com/docker/go-units"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/planner"
 	"tandem/internal/store"
 )
 
@@ -148,4 +149,66 @@ func (c *Controller) Resize(ctx context.Context, find func() (*v1.Machine, error
 		m.Meta.Generation++
 		return nil
 	})
+}
+
+// Needs is what the containers of a machine reserve, with the guest's own
+// overhead; the container with id except is left out.
+func Needs(snap *store.Snapshot, m *v1.Machine, except string) *v1.Size {
+	need := &v1.Size{}
+	for _, h := range snap.Hosts {
+		if h.Meta.Id == m.HostId {
+			o := h.GetFacts().GetGuestOverhead()
+			need.CpuMilli, need.MemoryBytes = o.GetCpuMilli(), o.GetMemoryBytes()
+		}
+	}
+	for _, x := range snap.Containers {
+		if x.GetAssignment().GetMachineId() == m.Meta.Id && x.Meta.Id != except {
+			z := Request(x.GetSpec().GetResources())
+			need.CpuMilli += z.CpuMilli
+			need.MemoryBytes += cmp.Or(z.MemoryBytes, planner.DefaultMemory)
+		}
+	}
+	return need
+}
+
+// refit grows machines whose containers reserve more than when they were placed
+// (`tandem update`), as far as ceiling and host allow.
+func refit(snap *store.Snapshot, tx *store.Txn) map[string]bool {
+	did := map[string]bool{}
+	for _, m := range snap.Machines {
+		if m.Meta.Deleting {
+			continue
+		}
+		need := Needs(snap, m, "")
+		if need.CpuMilli <= m.GetSize().GetCpuMilli() && need.MemoryBytes <= m.GetSize().GetMemoryBytes() {
+			continue
+		}
+		for _, h := range snap.Hosts {
+			if h.Meta.Id != m.HostId || !h.Connected {
+				continue
+			}
+			to := fitted(h.GetFacts(), m, need)
+			if (to.CpuMilli > m.Size.GetCpuMilli() || to.MemoryBytes > m.Size.GetMemoryBytes()) && fitsHost(snap, h, m.Meta.Id, to) == nil {
+				m = clone(m)
+				m.Size = to
+				m.Meta.Generation++
+				tx.Update(m)
+				did[m.Meta.Id] = true
+			}
+		}
+	}
+	return did
+}
+
+// fitted is the size of a machine that holds need: whole CPUs and memory steps,
+// at most its ceiling, never smaller than it is.
+func fitted(f *v1.HostFacts, m *v1.Machine, need *v1.Size) *v1.Size {
+	to := &v1.Size{CpuMilli: (need.CpuMilli + 999) / 1000 * 1000, MemoryBytes: need.MemoryBytes}
+	base, step := f.GetBaseMemoryBytes(), max(f.GetCapabilities().GetMemoryStepBytes(), 1)
+	if to.MemoryBytes > base {
+		to.MemoryBytes = base + (to.MemoryBytes-base+step-1)/step*step
+	}
+	to.CpuMilli = max(min(to.CpuMilli, m.Ceiling.GetCpuMilli()), m.Size.GetCpuMilli())
+	to.MemoryBytes = max(min(to.MemoryBytes, m.Ceiling.GetMemoryBytes()), m.Size.GetMemoryBytes())
+	return to
 }

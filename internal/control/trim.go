@@ -15,8 +15,9 @@ type trimmer struct {
 	large map[string]time.Time
 }
 
-// trimMachines stops machines that have been empty for a while and shrinks those
-// that have long been larger than what they hold.
+// trimMachines stops machines that have been empty for a while, shrinks those
+// that have long been larger than what they hold, and grows those whose containers
+// reserve more now.
 func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 	c.planMu.Lock()
 	defer c.planMu.Unlock()
@@ -64,10 +65,11 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	tx := c.store.Txn()
+	grown := refit(snap, tx)
 	large := map[string]time.Time{}
 	for _, a := range plan.Actions {
 		m := machines[a.Machine]
-		if m == nil || m.Stopped {
+		if m == nil || m.Stopped || grown[a.Machine] {
 			continue
 		}
 		switch a.Kind {

@@ -28,9 +28,23 @@ func (k *containers) List(_ context.Context, req *connect.Request[v1.ListContain
 		if !r.All && !alive(c) || len(r.Services) > 0 && !slices.Contains(r.Services, c.Service) || !hasLabels(c, r.Labels) {
 			continue
 		}
-		out.Containers = append(out.Containers, public(c))
+		out.Containers = append(out.Containers, listed(c))
 	}
 	return connect.NewResponse(out), nil
+}
+
+// listed is a container as lists show it: of the planner's reason only the
+// sentence (Inspect and Explain tell all of it).
+func listed(c *v1.Container) *v1.Container {
+	c = public(c)
+	a := c.GetAssignment()
+	if len(a.GetReason().GetOptions())+len(a.GetReason().GetExclusions()) == 0 {
+		return c
+	}
+	return &v1.Container{Meta: c.Meta, Service: c.Service, Ordinal: c.Ordinal, ServiceHash: c.ServiceHash, Spec: c.Spec, Stopped: c.Stopped, Paused: c.Paused,
+		RestartGeneration: c.RestartGeneration, StopTimeout: c.StopTimeout, Status: c.Status, OneOff: c.OneOff,
+		Assignment: &v1.Assignment{HostId: a.HostId, MachineId: a.MachineId, Ip: a.Ip, NetworkId: a.NetworkId, At: a.At, Ports: a.Ports,
+			Reason: &v1.Reason{Summary: a.Reason.Summary}}}
 }
 
 // alive is what `ps` shows without --all.

@@ -25,8 +25,9 @@ type target struct {
 	client   tandemv1connect.AgentServiceClient
 }
 
-// hosts are the connected hosts that a request means: the one named, or all.
-func (s *Server) targets(word string) ([]target, error) {
+// targets are the connected hosts that a request means: the one named, or all.
+func (s *Server) targets(ctx context.Context, word string) ([]target, error) {
+	s.firstHost(ctx)
 	if word != "" {
 		h, err := s.host(word)
 		if err != nil {
@@ -75,7 +76,7 @@ func each(ts []target, all bool, fn func(target) error) error {
 
 // List implements ImageService.
 func (k *images) List(ctx context.Context, req *connect.Request[v1.ListImagesRequest]) (*connect.Response[v1.ListImagesResponse], error) {
-	ts, err := k.s.targets(req.Msg.GetHost())
+	ts, err := k.s.targets(ctx, req.Msg.GetHost())
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +117,7 @@ func (k *images) Pull(ctx context.Context, req *connect.Request[v1.PullImageRequ
 	if r.Ref == "" || len(r.Ref) > 512 {
 		return fmt.Errorf("an image is needed: %w", errdefs.ErrInvalidArgument)
 	}
-	ts, err := k.s.targets(r.Host)
+	ts, err := k.s.targets(ctx, r.Host)
 	if err != nil {
 		return err
 	}
@@ -136,7 +137,7 @@ func (k *images) Pull(ctx context.Context, req *connect.Request[v1.PullImageRequ
 
 // Load implements ImageService.
 func (k *images) Load(ctx context.Context, in *connect.BidiStream[v1.ImageChunk, v1.LoadProgress]) error {
-	ts, err := k.s.targets("")
+	ts, err := k.s.targets(ctx, "")
 	if err != nil {
 		return err
 	}
@@ -180,7 +181,7 @@ func (k *images) Save(ctx context.Context, req *connect.Request[v1.SaveImageRequ
 	if len(r.Refs) == 0 || len(r.Refs) > 100 {
 		return fmt.Errorf("name between 1 and 100 images: %w", errdefs.ErrInvalidArgument)
 	}
-	ts, err := k.s.targets(r.Host)
+	ts, err := k.s.targets(ctx, r.Host)
 	if err != nil {
 		return err
 	}
@@ -234,7 +235,7 @@ func some(ts []target, fn func(target) error) error {
 // Remove implements ImageService.
 func (k *images) Remove(ctx context.Context, req *connect.Request[v1.RemoveImageRequest]) (*connect.Response[v1.AgentRemoveImageResponse], error) {
 	r := req.Msg
-	ts, err := k.s.targets(r.GetHost())
+	ts, err := k.s.targets(ctx, r.GetHost())
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +258,7 @@ func (k *images) Remove(ctx context.Context, req *connect.Request[v1.RemoveImage
 
 // Tag implements ImageService.
 func (k *images) Tag(ctx context.Context, req *connect.Request[v1.AgentTagImageRequest]) (*connect.Response[v1.AgentTagImageResponse], error) {
-	ts, err := k.s.targets("")
+	ts, err := k.s.targets(ctx, "")
 	if err != nil {
 		return nil, err
 	}
@@ -273,7 +274,7 @@ func (k *images) Tag(ctx context.Context, req *connect.Request[v1.AgentTagImageR
 
 // Prune implements ImageService.
 func (k *images) Prune(ctx context.Context, req *connect.Request[v1.AgentPruneImagesRequest]) (*connect.Response[v1.AgentPruneImagesResponse], error) {
-	ts, err := k.s.targets("")
+	ts, err := k.s.targets(ctx, "")
 	if err != nil {
 		return nil, err
 	}

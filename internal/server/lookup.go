@@ -1,9 +1,11 @@
 package server
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -131,4 +133,26 @@ func (s *Server) host(word string) (*v1.Host, error) {
 		return nil, fmt.Errorf("no host is connected: start `tandem agent`: %w", errdefs.ErrUnavailable)
 	}
 	return nil, fmt.Errorf("no host %q: `tandem host ls` lists them: %w", word, errdefs.ErrNotFound)
+}
+
+// firstHost gives the agents of a server that has just started a moment to
+// connect. It returns when one is there, and after that moment.
+func (s *Server) firstHost(ctx context.Context) {
+	limit := time.NewTimer(5 * time.Second)
+	defer limit.Stop()
+	for {
+		_, changed := s.store.Changed()
+		for _, id := range s.ctl.Hosts.Connected() {
+			if h, err := store.ByID[*v1.Host](s.store, store.Hosts, id); err == nil && h.Connected {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-limit.C:
+			return
+		case <-changed:
+		}
+	}
 }

@@ -61,6 +61,7 @@ func (k *machines) Create(ctx context.Context, req *connect.Request[v1.CreateMac
 			return nil, err
 		}
 	}
+	s.firstHost(ctx)
 	h, err := s.host(r.Host)
 	if err != nil {
 		return nil, err
@@ -214,19 +215,7 @@ func (k *machines) Remove(ctx context.Context, req *connect.Request[v1.MachineRe
 // machineNeeds is what the containers of a machine reserve, with the guest's own
 // overhead; except, when not empty, is left out.
 func (s *Server) machineNeeds(m *v1.Machine, except string) *v1.Size {
-	need := &v1.Size{}
-	if h, err := store.ByID[*v1.Host](s.store, store.Hosts, m.HostId); err == nil {
-		o := h.GetFacts().GetGuestOverhead()
-		need.CpuMilli, need.MemoryBytes = o.GetCpuMilli(), o.GetMemoryBytes()
-	}
-	for _, c := range store.List[*v1.Container](s.store, "") {
-		if c.GetAssignment().GetMachineId() == m.Meta.Id && c.Meta.Id != except {
-			z := control.Request(c.GetSpec().GetResources())
-			need.CpuMilli += z.CpuMilli
-			need.MemoryBytes += z.MemoryBytes
-		}
-	}
-	return need
+	return control.Needs(s.store.Snapshot(), m, except)
 }
 
 // Resize implements MachineService.

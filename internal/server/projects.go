@@ -45,7 +45,7 @@ func (p *projects) Apply(ctx context.Context, req *connect.Request[v1.ApplyProje
 	in := map[string]bool{}
 	for _, c := range store.List[*v1.Container](s.store, r.Project) {
 		if !c.Meta.Deleting {
-			res.Containers = append(res.Containers, public(c))
+			res.Containers = append(res.Containers, listed(c))
 			in[c.GetAssignment().GetMachineId()] = true
 		}
 	}

@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -29,6 +30,7 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 
 	"tandem/api/tandem/v1/tandemv1connect"
@@ -216,7 +218,8 @@ func listen(runDir string) (net.Listener, error) {
 // Handler serves all services and the agents' tunnels.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	opts := rpc.HandlerOptions()
+	// Nothing is compressed: on a socket of this machine that costs more than it saves.
+	opts := append(rpc.HandlerOptions(), connect.WithCompressMinBytes(math.MaxInt32))
 	mux.Handle(tandemv1connect.NewProjectServiceHandler(&projects{s}, opts...))
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(&containers{s}, opts...))
 	mux.Handle(tandemv1connect.NewMachineServiceHandler(&machines{s}, opts...))

@@ -43,7 +43,7 @@ func (k *system) Doctor(ctx context.Context, _ *connect.Request[v1.DoctorRequest
 				Detail: "last seen " + h.LastSeen.AsTime().Format(time.RFC3339), Remedy: "start `tandem agent` on it"})
 		}
 	}
-	ts, err := s.targets("")
+	ts, err := s.targets(ctx, "")
 	if err != nil {
 		out.Findings = append(out.Findings, &v1.Finding{Code: "no-host", Severity: "error", Title: "no host is connected", Remedy: "start `tandem agent`, or `tandem serve` with its own agent"})
 		return connect.NewResponse(out), nil
