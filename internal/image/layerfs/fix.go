@@ -13,7 +13,8 @@ import (
 //   - it makes /lost+found, which every container would see. Unless the layer
 //     brings one, the directory is taken out again;
 //   - it sorts the attributes in an attribute block in an order the kernel's
-//     search does not expect, so that some are not found.
+//     search does not expect, so that some are not found;
+//   - it leaves the end of the inode bitmaps unset, which fsck complains about.
 
 const (
 	inodeRoot  = 2
@@ -64,6 +65,9 @@ func (t *Tree) fix(f *os.File) error {
 	if err != nil {
 		return err
 	}
+	if err := im.padInodeMaps(); err != nil {
+		return fmt.Errorf("pad inode bitmaps: %w", err)
+	}
 	if t.root.children["lost+found"] == nil {
 		if err := im.dropLostFound(); err != nil {
 			return fmt.Errorf("take out lost+found: %w", err)
@@ -88,7 +92,7 @@ func firstExtent(ino []byte) (start, count uint32, err error) {
 }
 
 // dropLostFound removes the directory entry, frees the inode and its block, and
-// corrects the counts: fsck finds nothing but the missing directory.
+// corrects the counts, so that fsck finds nothing to complain about.
 func (im *image) dropLostFound() error {
 	root, lpf := make([]byte, inodeBytes), make([]byte, inodeBytes)
 	if _, err := im.f.ReadAt(root, im.inodeAt(inodeRoot)); err != nil {
@@ -151,6 +155,24 @@ func (im *image) dropLostFound() error {
 		{blockMap, blockMapAt}, {inodeMap, inodeMapAt}, {im.groupDesc, block}, {im.sb, 1024},
 	} {
 		if _, err := im.f.WriteAt(w.b, w.at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// padInodeMaps marks the inodes that no group has as used.
+func (im *image) padInodeMaps() error {
+	b := make([]byte, block)
+	for g := 0; g < len(im.groupDesc); g += 32 {
+		at := int64(le.Uint32(im.groupDesc[g+4:])) * block
+		if _, err := im.f.ReadAt(b, at); err != nil {
+			return err
+		}
+		for i := im.perGroup; i < block*8; i++ {
+			b[i/8] |= 1 << (i % 8)
+		}
+		if _, err := im.f.WriteAt(b, at); err != nil {
 			return err
 		}
 	}
