@@ -120,7 +120,7 @@ func lockDir(ctx context.Context, dir string) (*os.File, error) {
 func (d *Driver) Capabilities() hypervisor.Capabilities {
 	return hypervisor.Capabilities{
 		Accelerator: d.host.accel,
-		GrowCPU:     true, ShrinkCPU: true, GrowMemory: true, ShrinkMemory: true,
+		GrowCPU:     true, ShrinkCPU: d.canShrinkCPU(), GrowMemory: true, ShrinkMemory: true,
 		HotDisk: true, HotNIC: true, Clone: true,
 		Base:       hypervisor.Size{CPUs: baseCPUs, Memory: baseMemory},
 		Max:        d.host.max,

@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"sync"
@@ -80,7 +81,10 @@ func (d *Driver) with(ctx context.Context, id string, f func(ctx context.Context
 	// A VMM that hangs must not hang us: no single call may take longer.
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	return f(ctx, m, q)
+	if err = f(ctx, m, q); errors.Is(err, qmp.ErrClosed) {
+		err = fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	return err
 }
 
 // callTimeout bounds any call that has no deadline of its own.

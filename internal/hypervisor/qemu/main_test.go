@@ -21,7 +21,10 @@ import (
 	"tandem/internal/hypervisor/qemu/testguest"
 )
 
-const innerEnv = "TANDEM_TEST_IN_NETNS"
+const (
+	innerEnv = "TANDEM_TEST_IN_NETNS"
+	accelEnv = "TANDEM_TEST_ACCEL"
+)
 
 // TestMain runs the tests in a network namespace of their own: taps can't meet
 // anybody else's, and vanish with the process.
@@ -36,7 +39,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		c := exec.Command("/proc/self/exe", os.Args[1:]...)
-		c.Env = append(os.Environ(), innerEnv+"=1")
+		c.Env = append(os.Environ(), innerEnv+"=1", accelEnv+"="+accel())
 		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 		err := c.Run()
@@ -73,8 +76,19 @@ func spec(t testing.TB, id string) hypervisor.MachineSpec {
 	return hypervisor.MachineSpec{ID: id, Kernel: g.Kernel, Initrd: g.Initrd, GuestVersion: g.Version}
 }
 
+// accel is probed once for all drivers of the tests.
+var accel = sync.OnceValue(func() string {
+	if a := os.Getenv(accelEnv); a != "" {
+		return a
+	}
+	if kvmprobe.Probe(context.Background(), "").Usable {
+		return "auto"
+	}
+	return "tcg"
+})
+
 func options(dir string, log *slog.Logger) Options {
-	return Options{StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run"), Logger: log}
+	return Options{Accel: accel(), StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run"), Logger: log}
 }
 
 func testLog(t testing.TB) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }

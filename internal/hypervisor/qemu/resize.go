@@ -55,6 +55,9 @@ func (m *machine) resize(ctx context.Context, q *qmp.Client, want hypervisor.Siz
 	if m.forTemplate() && want != now {
 		return now, fmt.Errorf("a machine that will be a template stays as it is: %w", errdefs.ErrFailedPrecondition)
 	}
+	if !m.d.canShrinkCPU() {
+		want.CPUs = max(want.CPUs, now.CPUs)
+	}
 	// The VMM's limit must never be below what the guest may use.
 	m.setLimits(max(now.Memory, want.Memory), max(now.CPUs, want.CPUs))
 	got := now
@@ -75,6 +78,10 @@ func (m *machine) resize(ctx context.Context, q *qmp.Client, want hypervisor.Siz
 	m.setLimits(got.Memory, got.CPUs)
 	return got, errors.Join(errs...)
 }
+
+// canShrinkCPU is false under TCG: QEMU 7.2 corrupts its heap when a translated
+// CPU is unplugged, and dies of it later, or when the next one is plugged in.
+func (d *Driver) canShrinkCPU() bool { return d.host.accel == "kvm" }
 
 func (m *machine) forTemplate() bool {
 	m.mu.Lock()

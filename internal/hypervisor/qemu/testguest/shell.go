@@ -3,6 +3,7 @@ package testguest
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"strconv"
@@ -17,16 +18,36 @@ type Shell struct {
 }
 
 // NewShell speaks on a machine's channel. It waits until the guest answers, or
-// ctx ends. The conn is closed by Close.
+// ctx ends. The conn is closed by Close. What is sent while the guest still
+// closes its port after the connection before is lost, so it asks repeatedly.
 func NewShell(ctx context.Context, conn net.Conn) (*Shell, error) {
 	s := &Shell{conn: conn, r: bufio.NewReader(conn)}
-	// What is written before the guest opened its port waits in the port.
-	out, err := s.Run(ctx, "echo hel''lo")
-	if err != nil || !strings.Contains(out, "hello") {
-		_ = conn.Close()
-		return nil, fmt.Errorf("test guest answered %q: %w", out, err)
+	var seen string
+	for n := 0; ; n++ {
+		token := fmt.Sprintf("hello-%d-%d", time.Now().UnixNano(), n)
+		if _, err := fmt.Fprintf(conn, "echo %s\n", token); err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("test guest: %w", err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+		for {
+			part, err := s.r.ReadString('\n')
+			seen += part
+			// Its own answer is the last of those under way.
+			if i := strings.Index(seen, token); i >= 0 && strings.HasSuffix(seen[i:], "\n\x010\n") {
+				return s, nil
+			}
+			if err == nil {
+				continue
+			}
+			var ne net.Error
+			if ctx.Err() != nil || !errors.As(err, &ne) || !ne.Timeout() {
+				_ = conn.Close()
+				return nil, fmt.Errorf("test guest does not answer: %w: %v", err, context.Cause(ctx))
+			}
+			break // ask again
+		}
 	}
-	return s, nil
 }
 
 // Run runs one line of shell; a status other than 0 is an error.

@@ -41,11 +41,10 @@ for m in $(cat /modules/list); do insmod /modules/$m || echo "module $m failed";
 echo online_movable > /sys/devices/system/memory/auto_online_blocks
 (while :; do
   for c in /sys/devices/system/cpu/cpu*/online; do
-    [ -e $c ] && [ "$(cat $c)" = 0 ] && echo 1 > $c
+    [ -e $c ] && read on < $c && [ "$on" = 0 ] && echo 1 > $c
   done
-  usleep 100000
+  sleep 1
 done) 2>/dev/null &
-(while :; do echo "alive at $(cut -d' ' -f1 /proc/uptime)"; sleep 5; done) &
 while :; do
   for n in /sys/class/virtio-ports/*/name; do
     [ "$(cat $n 2>/dev/null)" = tandem.agent.0 ] && port=/dev/$(basename $(dirname $n))
