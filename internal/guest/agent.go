@@ -3,7 +3,6 @@ package guest
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"net/http"
 	"os/signal"
@@ -34,11 +33,12 @@ func RunAgent() error {
 	}
 	l := session.NewListener(newPortOpener().open, session.WithErrors(func(err error) { log.Info("agent channel", "error", err) }))
 	context.AfterFunc(ctx, func() { l.Close() })
-	return serve(ctx, l, s.handler(), log)
+	return s.serve(ctx, l)
 }
 
 // serve answers one host at a time: a new session ends the one before.
-func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+func (s *service) serve(ctx context.Context, l net.Listener) error {
+	h := s.handler()
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -47,9 +47,18 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 			}
 			return err
 		}
-		log.Info("the host is connected", "session", c.RemoteAddr().String())
+		s.log.Info("the host is connected", "session", c.RemoteAddr().String())
+		if d, ok := c.(interface{ Done() <-chan struct{} }); ok {
+			s.session.Store(d.Done())
+		}
 		go rpc.ServeConn(ctx, c, h)
 	}
+}
+
+// hungUp is closed when the newest session has ended.
+func (s *service) hungUp() <-chan struct{} {
+	ended, _ := s.session.Load().(<-chan struct{})
+	return ended // nil: there was none
 }
 
 func handlerOptions() []connect.HandlerOption {

@@ -31,6 +31,12 @@ func layer(t *testing.T, v *vm, serial string) {
 	if err := os.WriteFile(root+"/bin/busybox", b, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(root+"/etc/passwd", []byte("root:x:0:0::/:/bin/sh\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(root+"/etc/group", []byte("root:x:0:\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Symlink("busybox", root+"/bin/sh"); err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,8 @@ import (
 const (
 	defaultShutdown = 10 * time.Second
 	maxShutdown     = 10 * time.Minute
+	// answerTime is how long an answer may take to a host that does not hang up.
+	answerTime = time.Second
 )
 
 // Shutdown stops the containers, answers, and has PID 1 end the machine.
@@ -36,11 +38,15 @@ func (s *service) Shutdown(ctx context.Context, r *connect.Request[v1.ShutdownRe
 	if r.Msg.Reboot {
 		sig = unix.SIGINT
 	}
-	// The answer goes first.
-	time.AfterFunc(100*time.Millisecond, func() {
+	go func() {
+		// The answer goes first: the host hangs up when it has it.
+		select {
+		case <-s.hungUp():
+		case <-time.After(answerTime):
+		}
 		if err := unix.Kill(1, sig); err != nil {
 			s.log.Error("tell PID 1 to go down", "error", os.NewSyscallError("kill", err))
 		}
-	})
+	}()
 	return connect.NewResponse(&v1.ShutdownResponse{}), nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -25,6 +26,8 @@ type service struct {
 	log        *slog.Logger
 	containers *containers
 	started    time.Duration // uptime when the agent began
+
+	session atomic.Value // <-chan struct{}: closed at the newest session's end
 
 	mu sync.Mutex // serialises what changes the guest
 	id identity
