@@ -252,7 +252,7 @@ func (d *deployment) single(x *v1.Container) {
 		d.remove(x)
 	case x.Service != "" && !x.OneOff && d.services[svcKey{x.Meta.Project, x.Service}] == nil:
 		d.remove(x)
-	case x.GetSpec().GetAutoRemove() && x.Status.GetStartedAt() != nil && Ended(x), x.GetSpec().GetAutoRemove() && x.Status.GetState() == v1.ContainerState_CONTAINER_STATE_FAILED && x.Assignment != nil:
+	case x.GetSpec().GetAutoRemove() && x.Status.GetStartedAt() != nil && Ended(x), x.GetSpec().GetAutoRemove() && d.givenUp(x):
 		if d.c.isHeld(x) {
 			d.again = time.Second
 			return
@@ -260,3 +260,20 @@ func (d *deployment) single(x *v1.Container) {
 		d.remove(x)
 	}
 }
+
+// givenUp says that a container that was to run once has failed to start for so
+// long that nobody waits for it any more.
+func (d *deployment) givenUp(x *v1.Container) bool {
+	if x.Status.GetState() != v1.ContainerState_CONTAINER_STATE_FAILED || x.Assignment == nil {
+		return false
+	}
+	left := failedStay - d.c.clock.Now().Sub(x.Meta.GetCreatedAt().AsTime())
+	if left > 0 && (d.again == 0 || left < d.again) {
+		d.again = left
+	}
+	return left <= 0
+}
+
+// failedStay is how long a container with auto_remove that could not start may
+// still come good: its agent tries again meanwhile.
+const failedStay = time.Minute

@@ -1,17 +1,13 @@
 package server
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"slices"
-	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control"
@@ -75,122 +71,6 @@ func (k *containers) Inspect(_ context.Context, req *connect.Request[v1.Containe
 		return nil, err
 	}
 	return connect.NewResponse(public(c)), nil
-}
-
-// Create implements ContainerService.
-func (k *containers) Create(ctx context.Context, req *connect.Request[v1.CreateContainerRequest]) (*connect.Response[v1.Container], error) {
-	s, r := k.s, req.Msg
-	project := cmp.Or(r.GetProject(), DefaultProject)
-	if err := checkProjectName(project); err != nil {
-		return nil, err
-	}
-	p := &problems{}
-	if r.Spec == nil {
-		r.Spec = &v1.ContainerSpec{}
-	}
-	if r.Name != "" && !objectName.MatchString(r.Name) {
-		p.add("container name %.80q is malformed: letters, digits and _.- only", r.Name)
-	}
-	if r.Service != "" && !serviceName.MatchString(r.Service) {
-		p.add("service name %.80q is malformed", r.Service)
-	}
-	p.spec(r.Spec)
-	if err := p.err(); err != nil {
-		return nil, err
-	}
-	unlock, err := s.locks.lock(ctx, "project "+project)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	now := timestamppb.New(s.clock.Now())
-	id := s.ctl.NewID(16)
-	c := &v1.Container{
-		Meta:    &v1.Meta{Id: id, Project: project, Name: cmp.Or(r.Name, "c-"+id[:10]), CreatedAt: now, Generation: 1},
-		Service: r.Service, OneOff: r.Service != "", Spec: proto.Clone(r.Spec).(*v1.ContainerSpec), Stopped: !r.Start,
-		Status: &v1.ContainerStatus{State: v1.ContainerState_CONTAINER_STATE_PENDING, CreatedAt: now},
-	}
-	if !r.Start {
-		c.Status.State = v1.ContainerState_CONTAINER_STATE_CREATED
-	}
-	err = s.again(func() error {
-		if r.Start {
-			if err := s.portsFree(c); err != nil {
-				return err
-			}
-		}
-		tx := s.store.Txn()
-		if err := s.surround(tx, c); err != nil {
-			return err
-		}
-		_, err := tx.Create(c).Commit(ctx)
-		return err
-	})
-	if err != nil {
-		if errdefs.IsAlreadyExists(err) && strings.Contains(err.Error(), "container ") {
-			return nil, fmt.Errorf("there is a container %s already: remove it (`tandem rm %s`) or choose another name: %w", c.Meta.Name, c.Meta.Name, errdefs.ErrAlreadyExists)
-		}
-		return nil, err
-	}
-	return connect.NewResponse(public(c)), nil
-}
-
-// portsFree says which container has a port that c publishes.
-func (s *Server) portsFree(c *v1.Container) error {
-	mine := func(o *v1.Container) bool {
-		return o.Meta.Id == c.Meta.Id || (c.Service != "" && !c.OneOff && o.Service == c.Service && o.Meta.Project == c.Meta.Project && !o.OneOff)
-	}
-	p := portConflicts(store.List[*v1.Container](s.store, ""), map[string]*v1.ContainerSpec{c.Meta.Name: c.Spec}, mine)
-	if len(p.list) > 0 {
-		return fmt.Errorf("%s: %w", strings.Join(p.list, "; "), errdefs.ErrAlreadyExists)
-	}
-	return nil
-}
-
-// surround makes what a single container needs and Compose would declare: its
-// project, networks and volumes.
-func (s *Server) surround(tx *store.Txn, c *v1.Container) error {
-	project := c.Meta.Project
-	now := timestamppb.New(s.clock.Now())
-	p, err := store.Get[*v1.Project](s.store, projectKey(project))
-	switch {
-	case errdefs.IsNotFound(err):
-		tx.Create(&v1.Project{Meta: &v1.Meta{Id: "p-" + s.ctl.NewID(8), Name: project, CreatedAt: now, Generation: 1}})
-	case err != nil:
-		return err
-	case p.Meta.Deleting:
-		return fmt.Errorf("project %s is being removed: try again in a moment: %w", project, errdefs.ErrFailedPrecondition)
-	}
-	for _, n := range control.Attachments(c.Spec) {
-		have, err := store.Get[*v1.Network](s.store, store.Key{Kind: store.Networks, Project: project, Name: n})
-		switch {
-		case err == nil && !have.Meta.Deleting:
-			continue
-		case err == nil:
-			return fmt.Errorf("network %s is being removed: try again in a moment: %w", n, errdefs.ErrFailedPrecondition)
-		case !errdefs.IsNotFound(err):
-			return err
-		case n != "default":
-			return fmt.Errorf("project %s has no network %s: %w", project, n, errdefs.ErrNotFound)
-		}
-		cidr, err := s.ctl.Carver(store.List[*v1.Network](s.store, "")).Take("")
-		if err != nil {
-			return err
-		}
-		tx.Create(&v1.Network{Meta: &v1.Meta{Id: "n-" + s.ctl.NewID(6), Project: project, Name: n, CreatedAt: now, Generation: 1}, Cidr: cidr})
-	}
-	for _, n := range slices.Compact(slices.Sorted(slices.Values(control.NamedVolumes(c.Spec)))) {
-		v, err := store.Get[*v1.Volume](s.store, store.Key{Kind: store.Volumes, Project: project, Name: n})
-		switch {
-		case err == nil && v.Meta.Deleting:
-			return fmt.Errorf("volume %s is being removed: try again in a moment: %w", n, errdefs.ErrFailedPrecondition)
-		case errdefs.IsNotFound(err):
-			tx.Create(s.newVolume(project, n, 0, nil))
-		case err != nil:
-			return err
-		}
-	}
-	return nil
 }
 
 // change writes what fn does to each selected container, in one transaction.
@@ -445,96 +325,4 @@ func (k *containers) Pause(ctx context.Context, req *connect.Request[v1.PauseCon
 		return nil, err
 	}
 	return connect.NewResponse(&v1.PauseContainersResponse{}), nil
-}
-
-// Update implements ContainerService. Only what is given changes.
-func (k *containers) Update(ctx context.Context, req *connect.Request[v1.UpdateContainerRequest]) (*connect.Response[v1.Container], error) {
-	s, r := k.s, req.Msg
-	p := &problems{}
-	p.resources(r.Resources)
-	p.restart(r.Restart, false)
-	if err := p.err(); err != nil {
-		return nil, err
-	}
-	out, err := s.change(ctx, &v1.Selector{Containers: []string{r.Container}, Project: r.Project}, func(c *v1.Container) error {
-		if r.Resources != nil {
-			if err := s.fits(c, r.Resources); err != nil {
-				return err
-			}
-			c.Spec.Resources = r.Resources
-		}
-		if r.Restart != nil {
-			c.Spec.Restart = r.Restart
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(public(out[0])), nil
-}
-
-// fits says whether a container that is placed may reserve so much where it is.
-func (s *Server) fits(c *v1.Container, r *v1.Resources) error {
-	m, err := store.ByID[*v1.Machine](s.store, store.Machines, c.GetAssignment().GetMachineId())
-	if err != nil {
-		return nil // on metal, or nowhere yet
-	}
-	need, ceiling := s.machineNeeds(m, c.Meta.Id), m.GetCeiling()
-	want := control.Request(r)
-	need.CpuMilli += want.CpuMilli
-	need.MemoryBytes += want.MemoryBytes
-	if ceiling.GetMemoryBytes() > 0 && (need.MemoryBytes > ceiling.MemoryBytes || need.CpuMilli > ceiling.GetCpuMilli()) {
-		return fmt.Errorf("machine %s can become %s at most, and would need %s: create the container anew with these limits: %w", m.Meta.Name, sizeText(ceiling), sizeText(need), errdefs.ErrResourceExhausted)
-	}
-	return nil
-}
-
-// Wait implements ContainerService.
-func (k *containers) Wait(ctx context.Context, req *connect.Request[v1.WaitContainerRequest]) (*connect.Response[v1.WaitContainerResponse], error) {
-	s, r := k.s, req.Msg
-	done := map[string]func(*v1.Container) bool{
-		"exited": func(c *v1.Container) bool {
-			return control.Ended(c) || c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_FAILED
-		},
-		"running": func(c *v1.Container) bool {
-			return c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING
-		},
-		"healthy": control.Ready,
-		"removed": func(*v1.Container) bool { return false },
-	}[cmp.Or(r.Condition, "exited")]
-	if done == nil {
-		return nil, fmt.Errorf("condition %.20q is not one of %s: %w", r.Condition, strings.Join(slices.Sorted(maps.Keys(map[string]int{"exited": 0, "running": 0, "healthy": 0, "removed": 0})), ", "), errdefs.ErrInvalidArgument)
-	}
-	c, err := s.container(r.Container, r.Project)
-	if err != nil {
-		return nil, err
-	}
-	id := c.Meta.Id
-	for {
-		_, changed := s.store.Changed()
-		n, err := store.ByID[*v1.Container](s.store, store.Containers, id)
-		gone := err != nil
-		if !gone {
-			c = n
-		} else if last := s.ctl.Removed(id); last != nil {
-			c = last
-		}
-		over := c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_FAILED || control.Ended(c)
-		switch {
-		case gone && (r.Condition == "removed" || r.Condition == "" || r.Condition == "exited"), !gone && done(c):
-			return connect.NewResponse(&v1.WaitContainerResponse{Container: public(c), ExitCode: c.GetStatus().GetExitCode()}), nil
-		case gone:
-			return nil, fmt.Errorf("container %s was removed: %w", c.Meta.Name, errdefs.ErrNotFound)
-		case over && r.Condition != "removed":
-			return nil, fmt.Errorf("container %s will not be %s: it is %s (exit code %d) %s: %w", c.Meta.Name, r.Condition, stateWord(c), c.Status.ExitCode, c.Status.Message, errdefs.ErrFailedPrecondition)
-		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-s.store.Failed():
-			return nil, s.store.Err()
-		case <-changed:
-		}
-	}
 }
