@@ -90,7 +90,7 @@ func TestShop(t *testing.T) {
 	if out := h.Tandem("explain", "-p", "shop", "shop-web-1"); len(strings.TrimSpace(out)) < 20 {
 		t.Errorf("explain: %q", out)
 	}
-	if out := h.Tandem("exec", "-p", "shop", "api", "sh", "-c", "echo changed > /data/index.html; id -u"); strings.TrimSpace(out) != "0" {
+	if out := h.Tandem("exec", "-p", "shop", "api", "sh", "-c", "echo changed > /data/index.html; sync; id -u"); strings.TrimSpace(out) != "0" {
 		t.Errorf("exec: %q", out)
 	}
 
