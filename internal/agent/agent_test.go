@@ -26,6 +26,7 @@ type rig struct {
 	done   chan error
 	spec   *v1.HostSpec
 	next   string // state directory of the agent after the one that was killed
+	plan   any    // of the property test
 	last   string // what was not right when last looked at
 }
 
@@ -126,6 +127,9 @@ func (r *rig) until(d time.Duration, what string, ok func() bool) time.Duration 
 			}
 			for _, m := range r.spec.Machines {
 				r.t.Logf("machine %s: %v", m.Id, r.machineStatus(m.Id))
+			}
+			if r.plan != nil {
+				r.t.Logf("plan: %+v", r.plan)
 			}
 			r.t.Fatalf("not within %s: %s %s", d, what, r.last)
 		}

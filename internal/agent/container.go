@@ -43,6 +43,7 @@ type container struct {
 	prep      *prepared
 	retry     backoff
 	retryAt   time.Time
+	retryIn   *session // a new session makes trying again worth while
 	message   string
 	phase     v1.ContainerState // while it works on something
 	check     *healthRun
@@ -142,7 +143,7 @@ func (c *container) step(ctx context.Context) (time.Duration, bool) {
 	c.mu.Unlock()
 
 	now := c.a.o.Clock.Now()
-	if left := c.retryAt.Sub(now); left > 0 && (c.rec == nil || !c.rec.Running) && want != nil {
+	if left := c.retryAt.Sub(now); left > 0 && (c.rec == nil || !c.rec.Running || want == nil) && c.session() == c.retryIn {
 		return left, false
 	}
 	var wait time.Duration
@@ -166,13 +167,21 @@ func (c *container) step(ctx context.Context) (time.Duration, bool) {
 		return 0, false
 	default:
 		wait = c.retry.next(c.a.o.Tuning.RetryDelay, c.a.o.Tuning.RetryDelayMax)
-		c.retryAt = c.a.o.Clock.Now().Add(wait)
+		c.retryAt, c.retryIn = c.a.o.Clock.Now().Add(wait), c.session()
 		c.message = cut(err.Error(), 2048)
 		c.phase = v1.ContainerState_CONTAINER_STATE_FAILED
 		c.log.Warn("container", "error", err, "retry", wait)
 	}
 	c.publish(want)
 	return wait, false
+}
+
+// session is the one with the container's kernel, or nil.
+func (c *container) session() *session {
+	if c.k == nil {
+		return nil
+	}
+	return c.k.observe(c.id).sess
 }
 
 // reconcile is one step towards want.

@@ -20,16 +20,18 @@ import (
 // containers exit; the world must become what was asked for, and nothing else.
 func TestKilledAtAnyInstruction(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
+		// Drawn before the bubble is entered: rapid can't follow it inside.
+		plan := rapid.SliceOfN(rapid.Custom(drawStep), 3, 12).Draw(rt, "plan")
 		synctest.Test(t, func(t *testing.T) {
 			r := newRig(t)
-			r.killable()
-			for i := range rapid.IntRange(3, 12).Draw(rt, "steps") {
-				r.change(rt, i)
-				if rapid.Bool().Draw(rt, "kill") {
-					r.arm(rapid.IntRange(1, 40).Draw(rt, "calls"), rapid.Bool().Draw(rt, "after"))
+			r.plan = plan
+			for i, s := range plan {
+				r.change(i, s)
+				if s.Kill {
+					r.arm(s.Calls, s.After)
 				}
 				r.tryApply()
-				time.Sleep(time.Duration(rapid.IntRange(0, 9000).Draw(rt, "ms")) * time.Millisecond)
+				time.Sleep(time.Duration(s.Millis) * time.Millisecond)
 				synctest.Wait()
 				r.revive()
 			}
@@ -38,13 +40,7 @@ func TestKilledAtAnyInstruction(t *testing.T) {
 			r.until(10*time.Minute, "converged", func() bool { return r.wrong() == "" })
 			r.spec.Machines, r.spec.Containers, r.spec.Volumes = nil, nil, nil
 			r.tryApply()
-			r.until(10*time.Minute, "nothing left", func() bool {
-				left := r.clean()
-				if left != "" {
-					r.last = left
-				}
-				return left == ""
-			})
+			r.until(10*time.Minute, "nothing left", func() bool { r.last = r.clean(); return r.last == "" })
 			r.stop()
 			for _, m := range r.w.drv.ms {
 				if m.guest != nil {
@@ -55,10 +51,30 @@ func TestKilledAtAnyInstruction(t *testing.T) {
 	})
 }
 
+// step is one change, and what happens meanwhile.
+type step struct {
+	Pick, Which     int
+	Kill, After     bool
+	Calls, Millis   int
+	Ends, Anonymous bool
+	Policy, Code    string
+}
+
+func drawStep(rt *rapid.T) step {
+	return step{
+		Pick: rapid.IntRange(0, 9).Draw(rt, "pick"), Which: rapid.IntRange(0, 100).Draw(rt, "which"),
+		Kill: rapid.Bool().Draw(rt, "kill"), After: rapid.Bool().Draw(rt, "after"),
+		Calls: rapid.IntRange(1, 40).Draw(rt, "calls"), Millis: rapid.IntRange(0, 9000).Draw(rt, "ms"),
+		Ends: rapid.Bool().Draw(rt, "ends"), Anonymous: rapid.Bool().Draw(rt, "anonymous"),
+		Policy: rapid.SampledFrom([]string{"no", "always", "on-failure"}).Draw(rt, "policy"),
+		Code:   rapid.SampledFrom([]string{"0", "1"}).Draw(rt, "code"),
+	}
+}
+
 // change makes one random change of intent or of the world.
-func (r *rig) change(rt *rapid.T, i int) {
-	pick := rapid.IntRange(0, 9).Draw(rt, "change")
-	some := func(n int) int { return rapid.IntRange(0, n-1).Draw(rt, "which") }
+func (r *rig) change(i int, s step) {
+	pick := s.Pick
+	some := func(n int) int { return s.Which % n }
 	switch nm, nc := len(r.spec.Machines), len(r.spec.Containers); {
 	case pick == 0 || nm == 0:
 		r.machine(fmt.Sprintf("m-%d", i)).Mac = fmt.Sprintf("02:00:00:00:00:%02x", i)
@@ -68,11 +84,11 @@ func (r *rig) change(rt *rapid.T, i int) {
 			in = r.spec.Machines[k].Id
 		}
 		c := r.container(fmt.Sprintf("c-%d", i), in)
-		c.Spec.Restart = &v1.RestartPolicy{Name: rapid.SampledFrom([]string{"no", "always", "on-failure"}).Draw(rt, "policy")}
-		if rapid.Bool().Draw(rt, "ends") {
-			c.Spec.Command = &v1.StringList{Values: []string{"run", "2s", rapid.SampledFrom([]string{"0", "1"}).Draw(rt, "code")}}
+		c.Spec.Restart = &v1.RestartPolicy{Name: s.Policy}
+		if s.Ends {
+			c.Spec.Command = &v1.StringList{Values: []string{"run", "2s", s.Code}}
 		}
-		if rapid.Bool().Draw(rt, "anonymous") {
+		if s.Anonymous {
 			c.Spec.Mounts = []*v1.Mount{{Type: v1.Mount_TYPE_VOLUME, Target: "/x"}}
 		}
 	case pick == 4 && nc > 0:
@@ -94,7 +110,7 @@ func (r *rig) change(rt *rapid.T, i int) {
 	case pick == 7 && nc > 0:
 		c := r.spec.Containers[some(nc)]
 		c.Generation++
-		c.Spec.Env = append(c.Spec.Env, fmt.Sprintf("V=%d", i))
+		c.Spec.Env = append(c.Spec.Env, fmt.Sprintf("V%d=1", i))
 	case pick == 8:
 		r.w.drv.crash(r.spec.Machines[some(nm)].Id)
 	case nc > 0:
@@ -167,12 +183,6 @@ func (r *rig) wrong() (why string) {
 		}
 	}
 	return ""
-}
-
-// killable makes the running agent one that can be killed.
-func (r *rig) killable() {
-	r.stop()
-	r.start()
 }
 
 func (r *rig) arm(calls int, after bool) {

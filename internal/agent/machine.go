@@ -148,7 +148,7 @@ func (m *machine) step(ctx context.Context) (time.Duration, bool) {
 	}
 	m.interrupt = cancel
 	m.mu.Unlock()
-	if left := m.retryAt.Sub(m.a.o.Clock.Now()); left > 0 && want != nil {
+	if left := m.retryAt.Sub(m.a.o.Clock.Now()); left > 0 {
 		return left, false
 	}
 	var wait time.Duration

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"regexp"
 	"time"
 
 	"connectrpc.com/connect"
@@ -18,6 +19,8 @@ import (
 )
 
 const guestProtocol = 1
+
+var hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?$`)
 
 // start makes the machine run: a clone of the warm template where there is one,
 // else a cold boot. It returns with a session.
@@ -170,7 +173,7 @@ func (m *machine) connect(ctx, soft context.Context, want *v1.MachineAssignment)
 func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignment) (err error) {
 	m.closeLink()
 	t := m.a.o.Tuning
-	try, cancel := context.WithDeadline(soft, time.Now().Add(max(t.CallTimeout, t.BootTimeout)))
+	try, cancel := context.WithTimeout(soft, max(t.CallTimeout, t.BootTimeout))
 	defer cancel()
 	link, hello, err := m.a.reach(try, m.id)
 	if err != nil {
@@ -182,7 +185,14 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 		}
 	}()
 	if m.rec.StartTook == 0 {
-		m.rec.StartTook = max(m.a.o.Clock.Now().Sub(m.begin), time.Nanosecond)
+		begin := m.begin
+		if begin.IsZero() { // an earlier agent started it, and did not live to see it answer
+			begin = m.status.StartedAt
+		}
+		if begin.IsZero() {
+			begin = m.a.o.Clock.Now()
+		}
+		m.rec.StartTook = max(m.a.o.Clock.Now().Sub(begin), time.Nanosecond)
 		m.save()
 	}
 	m.mu.Lock()
@@ -243,7 +253,10 @@ func (m *machine) configure(ctx context.Context, link *GuestLink, hello *v1.Gues
 	call, cancel := context.WithTimeout(ctx, 3*m.a.o.Tuning.CallTimeout)
 	defer cancel()
 	m.mu.Lock()
-	name := first(m.want.GetName(), m.id)
+	name := m.want.GetName()
+	if !hostName.MatchString(name) {
+		name = m.id
+	}
 	m.mu.Unlock()
 	_, err = link.Guest.Configure(call, connect.NewRequest(&v1.ConfigureRequest{
 		MachineId: m.id, Hostname: name, Entropy: entropy, Now: timestamppb.New(m.a.o.Clock.Now()), ScratchSerial: d.Name,
