@@ -223,12 +223,12 @@ func lock(ctx context.Context, dir string) (unlock func(), err error) {
 	}
 }
 
-// prune removes images that no test has used for a day.
+// prune removes images that no test has used for two hours.
 func prune(cache, keep string) {
 	old, _ := filepath.Glob(filepath.Join(cache, "image-*"))
 	for _, dir := range old {
 		st, err := os.Stat(dir)
-		if dir != keep && err == nil && time.Since(st.ModTime()) > 24*time.Hour {
+		if dir != keep && err == nil && time.Since(st.ModTime()) > 2*time.Hour {
 			os.RemoveAll(dir)
 		}
 	}
