@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os/signal"
 	"runtime/debug"
+	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -31,6 +32,16 @@ func RunAgent() error {
 	if id.configured() {
 		s.containers.start(ctx)
 	}
+	go func() {
+		for ctx.Err() == nil {
+			err := s.watchPowerButton(ctx)
+			if err == nil {
+				return
+			}
+			log.Warn("the power button is not watched; trying again", "error", err)
+			time.Sleep(5 * time.Second)
+		}
+	}()
 	l := session.NewListener(newPortOpener().open, session.WithErrors(func(err error) { log.Info("agent channel", "error", err) }))
 	context.AfterFunc(ctx, func() { l.Close() })
 	return s.serve(ctx, l)

@@ -1,6 +1,7 @@
 package guest_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -21,5 +22,22 @@ func TestColdBootAnswersHello(t *testing.T) {
 	}
 	if h.Protocol != 1 || h.Configured || h.MachineId != "" || len(h.GuestId) != 32 || h.Kernel == "" {
 		t.Errorf("%v", h)
+	}
+}
+
+func TestPowerButton(t *testing.T) {
+	v := boot(t)
+	v.connect().hello(t)
+	deadline := time.Now().Add(patience)
+	for {
+		fmt.Fprintln(v.qmpConn, `{"execute": "system_powerdown"}`) // until the driver listens
+		select {
+		case <-v.exited:
+			return
+		case <-time.After(time.Second):
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the machine goes on")
+		}
 	}
 }

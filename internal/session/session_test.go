@@ -209,7 +209,6 @@ func restartGuest(t *testing.T, between []byte) (l2 *session.Listener, host net.
 	// The agent is killed: nothing is said on the stream, another one opens it.
 	l1.Close()
 	g.SetDeadline(time.Now())
-	time.AfterFunc(time.Millisecond, func() {})
 	g.SetDeadline(time.Time{})
 	if between != nil {
 		go g.Write(between)
