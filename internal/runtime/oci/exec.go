@@ -21,8 +21,8 @@ import (
 	"tandem/internal/runtime/monitor"
 )
 
-// Exec implements runtime.Runtime. The process is killed when ctx ends or its
-// time-out passes (DeadlineExceeded).
+// Exec implements runtime.Runtime. The process is killed when ctx ends, unless
+// it is detached, or when its time-out passes (DeadlineExceeded).
 func (r *Runtime) Exec(ctx context.Context, e *v1.ExecSpec, s runtime.Streams) (int, error) {
 	id := e.GetContainerId()
 	r.mu.Lock()
@@ -56,11 +56,11 @@ func (r *Runtime) Exec(ctx context.Context, e *v1.ExecSpec, s runtime.Streams) (
 	}
 	io, stop := streams(s)
 	defer stop()
-	if !e.Stdin {
+	if !e.Stdin || e.Detach {
 		io.Stdin = nil
 	}
 	return r.o.Monitor.Exec(ctx, monitor.ExecRequest{
-		ID: id, Process: b, TTY: e.Tty, Stdin: e.Stdin, Timeout: e.Timeout.AsDuration(),
+		ID: id, Process: b, TTY: e.Tty, Stdin: e.Stdin && !e.Detach, Detach: e.Detach, Timeout: e.Timeout.AsDuration(),
 	}, io)
 }
 

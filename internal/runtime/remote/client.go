@@ -233,7 +233,7 @@ func (c *client) Close() error { return nil }
 func (c *client) Exec(ctx context.Context, e *v1.ExecSpec, s runtime.Streams) (int, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	code, err := pump(ctx, c.c.Exec(ctx), &v1.StreamInput{Kind: &v1.StreamInput_Exec{Exec: e}}, s, e.Stdin, slow)
+	code, err := pump(ctx, cancel, c.c.Exec(ctx), &v1.StreamInput{Kind: &v1.StreamInput_Exec{Exec: e}}, s, e.Stdin, slow)
 	if err == nil && (code < 0 || code > 255) {
 		err = bad("exit code %d", code)
 	}
@@ -243,17 +243,17 @@ func (c *client) Exec(ctx context.Context, e *v1.ExecSpec, s runtime.Streams) (i
 func (c *client) Attach(ctx context.Context, a *v1.AttachSpec, s runtime.Streams) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	_, err := pump(ctx, c.c.Attach(ctx), &v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: a}}, s, a.Stdin, slow)
+	_, err := pump(ctx, cancel, c.c.Attach(ctx), &v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: a}}, s, a.Stdin, slow)
 	return err
 }
 
 type bidi = connect.BidiStreamForClient[v1.StreamInput, v1.StreamOutput]
 
 // pump joins a guest's stream and s until the exit code comes.
-func pump(ctx context.Context, b *bidi, first *v1.StreamInput, s runtime.Streams, stdin bool, opening time.Duration) (int32, error) {
+func pump(ctx context.Context, giveUp func(), b *bidi, first *v1.StreamInput, s runtime.Streams, stdin bool, opening time.Duration) (int32, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stuck := time.AfterFunc(opening, func() { _ = b.CloseResponse() })
+	stuck := time.AfterFunc(opening, giveUp) // a send may hang as well as a receive
 	defer stuck.Stop()
 	defer b.CloseResponse()
 	if err := b.Send(first); err != nil && !errors.Is(err, io.EOF) {
