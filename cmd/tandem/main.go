@@ -22,7 +22,7 @@ var version = "dev"
 
 func main() {
 	kvmprobe.MaybeChild()
-	initproc.MaybeMain()
+	initproc.Main()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version,
