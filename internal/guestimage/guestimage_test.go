@@ -31,7 +31,11 @@ func bzImage(payload []byte) []byte {
 func TestKernelThatIsNone(t *testing.T) {
 	for name, b := range map[string][]byte{
 		"empty": nil, "text": bytes.Repeat([]byte("no kernel "), 1000), "unknown packing": bzImage(bytes.Repeat([]byte("x"), 100)),
-		"payload outside": func() []byte { b := bzImage(make([]byte, 64)); binary.LittleEndian.PutUint32(b[0x24c:], 1<<31); return b }(),
+		"payload outside": func() []byte {
+			b := bzImage(make([]byte, 64))
+			binary.LittleEndian.PutUint32(b[0x24c:], 1<<31)
+			return b
+		}(),
 		"broken lz4": bzImage(append([]byte{2, 0x21, 0x4c, 0x18, 200, 0, 0, 0}, bytes.Repeat([]byte{0xff}, 300)...)),
 		"no ELF":     bzImage(append([]byte("\x7fELF"), make([]byte, 100)...)),
 	} {
