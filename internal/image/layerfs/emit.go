@@ -63,9 +63,14 @@ func emit(out *tar.Writer, in *tar.Reader, hdr *tar.Header, names []*node) error
 	}
 	first := names[0].path()
 	h := header(m, first)
-	h.Typeflag, h.Linkname, h.Devmajor, h.Devminor = hdr.Typeflag, hdr.Linkname, hdr.Devmajor, hdr.Devminor
-	if names[0].ino.kind == kindFile {
-		h.Typeflag, h.Linkname, h.Size = tar.TypeReg, "", hdr.Size
+	h.Typeflag = hdr.Typeflag
+	switch names[0].ino.kind { // only what the kind has: the rest of a header may be rubbish
+	case kindFile:
+		h.Typeflag, h.Size = tar.TypeReg, hdr.Size
+	case kindSymlink:
+		h.Linkname = hdr.Linkname
+	case kindDevice:
+		h.Devmajor, h.Devminor = hdr.Devmajor, hdr.Devminor
 	}
 	if err := out.WriteHeader(h); err != nil {
 		return err
