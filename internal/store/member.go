@@ -76,10 +76,10 @@ func startMember(ctx context.Context, opts Options, fail func(error)) (*member, 
 	}
 	ch := make(chan result, 1)
 	go func() {
-		r := result{err: fmt.Errorf("etcd in %s could not start: %s: %w", cfg.Dir, "see the log", errdefs.ErrDataLoss)}
+		r := result{err: fmt.Errorf("etcd in %s could not start: %w", cfg.Dir, errdefs.ErrDataLoss)}
 		defer func() {
 			if p := recover(); p != nil {
-				r = result{err: fmt.Errorf("etcd in %s could not start: %v: %w", cfg.Dir, p, errdefs.ErrDataLoss)}
+				r = result{err: fmt.Errorf("the state in %s can't be read, its files seem damaged: restore a backup (%v): %w", cfg.Dir, p, errdefs.ErrDataLoss)}
 			}
 			if f := br.last(); r.err != nil && f != "" {
 				r.err = classOfFatal(opts.Dir, f)
