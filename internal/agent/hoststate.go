@@ -19,7 +19,7 @@ import (
 	v1 "tandem/api/tandem/v1"
 )
 
-// stateDir is the agent's own corner of the state directory. All writes are
+// stateDir is the agent's own directory. All writes are
 // atomic: a new file, then a rename.
 //
 //	host-id            this host's id, random, made once
@@ -36,7 +36,7 @@ type stateDir struct {
 var validID = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
 
 func openState(dir string) (*stateDir, error) {
-	s := &stateDir{dir: filepath.Join(dir, "agent")}
+	s := &stateDir{dir: dir}
 	for _, d := range []string{s.dir, s.path("containers"), s.path("machines")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("agent's state directory: %w", err)

@@ -82,7 +82,7 @@ type Tuning struct {
 // Options are what an agent needs. StateDir, Driver, Images, Volumes and
 // Network are required; the rest has defaults.
 type Options struct {
-	StateDir string // kept for ever
+	StateDir string // the agent's own directory, kept for ever
 	RunDir   string // until the next boot of the host; default StateDir
 	HostName string // default: os.Hostname
 	Zone     string

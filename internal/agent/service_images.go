@@ -48,7 +48,8 @@ func (s service) PullImage(ctx context.Context, r *connect.Request[v1.AgentPullI
 	return out.Send(&v1.Progress{Id: r.Msg.Ref, Action: "pulled", Message: img.Id, Done: true, At: timestamppb.New(s.a.o.Clock.Now())})
 }
 
-// LoadImage also converts the layers, so that the first container starts at once.
+// LoadImage takes an archive; the store converts its layers as they come, so that
+// the first container starts at once.
 func (s service) LoadImage(ctx context.Context, st *connect.BidiStream[v1.ImageChunk, v1.LoadProgress]) error {
 	first, err := st.Receive()
 	if err != nil {

@@ -62,7 +62,7 @@ func (h *realHost) start() {
 		t.Fatal(err)
 	}
 	g := guesttest.Image(t)
-	h.a, err = New(Options{StateDir: h.dir, Driver: h.drv, Images: h.imgs, Volumes: h.vols, Network: netfake.New(), Logger: log,
+	h.a, err = New(Options{StateDir: filepath.Join(h.dir, "agent"), Driver: h.drv, Images: h.imgs, Volumes: h.vols, Network: netfake.New(), Logger: log,
 		Guest: Guest{Kernel: g.Kernel, Initrd: g.Initrd, Version: g.Version}})
 	if err != nil {
 		t.Fatal(err)
