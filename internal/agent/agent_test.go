@@ -38,7 +38,17 @@ func newRig(t *testing.T) *rig {
 	return r
 }
 
-type rngReader struct{ *rand.ChaCha8 }
+// rngReader is safe for use by many goroutines, as crypto/rand is.
+type rngReader struct {
+	mu sync.Mutex
+	c  *rand.ChaCha8
+}
+
+func (r *rngReader) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.c.Read(p)
+}
 
 func (r *rig) start() {
 	r.t.Helper()
@@ -47,7 +57,7 @@ func (r *rig) start() {
 		level = slog.LevelDebug
 	}
 	a, err := New(Options{StateDir: r.dir, HostName: "test", Driver: r.w.drv, Metal: r.w.rt, Images: r.w.imgs, Volumes: r.w.vols, Network: r.w.net,
-		Guest: Guest{Version: "g1"}, Connect: fakeConnect, Rand: rngReader{rand.NewChaCha8([32]byte{byte(time.Now().UnixNano())})},
+		Guest: Guest{Version: "g1"}, Connect: fakeConnect, Rand: &rngReader{c: rand.NewChaCha8([32]byte{byte(time.Now().UnixNano())})},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))})
 	if err != nil {
 		r.t.Fatal(err)

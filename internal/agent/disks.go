@@ -102,7 +102,9 @@ func (s *diskSet) hold(holder string, disks []disk) {
 			h = &heldDisk{disk: d, holders: map[string]bool{}}
 			s.disks[d.Name] = h
 		}
-		h.disk = d
+		if h.disk != d { // adopted without knowing what it is
+			h.disk = d
+		}
 		h.holders[holder] = true
 	}
 }
@@ -128,8 +130,9 @@ func (s *diskSet) attachAll(ctx context.Context, holder string) error {
 func (s *diskSet) attachOne(ctx context.Context, d *heldDisk) error {
 	d.op.Lock()
 	defer d.op.Unlock()
-	if d.Volume != "" && s.use != nil {
-		if err := s.use(ctx, d.Volume); err != nil {
+	k := s.what(d)
+	if k.Volume != "" && s.use != nil {
+		if err := s.use(ctx, k.Volume); err != nil {
 			return err
 		}
 	}
@@ -139,11 +142,18 @@ func (s *diskSet) attachOne(ctx context.Context, d *heldDisk) error {
 	if err := s.makeRoom(ctx, d); err != nil {
 		return err
 	}
-	if err := s.attach(ctx, hypervisor.Disk{ID: d.Name, Path: d.Path, Serial: d.Name, ReadOnly: d.ReadOnly}); err != nil {
-		return fmt.Errorf("attach disk %s: %w", d.Name, err)
+	if err := s.attach(ctx, hypervisor.Disk{ID: k.Name, Path: k.Path, Serial: k.Name, ReadOnly: k.ReadOnly}); err != nil {
+		return fmt.Errorf("attach disk %s: %w", k.Name, err)
 	}
 	s.set(d, true, "")
 	return nil
+}
+
+// what a disk is.
+func (s *diskSet) what(d *heldDisk) disk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return d.disk
 }
 
 // is reads a disk's state, set changes it.
@@ -177,8 +187,9 @@ func (s *diskSet) makeRoom(ctx context.Context, want *heldDisk) error {
 	if count()+1 < s.limit {
 		return nil
 	}
+	mine := s.what(want).Name
 	if sess := s.session(); sess != nil {
-		if _, err := s.sweep(ctx, sess, true, func(name string) bool { return name == want.Name }); err != nil {
+		if _, err := s.sweep(ctx, sess, true, func(name string) bool { return name == mine }); err != nil {
 			return err
 		}
 	}
@@ -196,17 +207,18 @@ func (s *diskSet) mountAll(ctx context.Context, sess *session, holder string) er
 		}
 		d.op.Lock()
 		defer d.op.Unlock()
+		k := s.what(d)
 		if _, mounted := s.is(d); mounted == sess.boot {
 			return nil
 		}
-		r := &v1.MountDiskRequest{Id: d.Name, FsType: d.FSType, ReadOnly: d.ReadOnly}
+		r := &v1.MountDiskRequest{Id: k.Name, FsType: k.FSType, ReadOnly: k.ReadOnly}
 		if s.attach == nil {
-			r.Path = d.Path
+			r.Path = k.Path
 		} else {
-			r.Serial = d.Name
+			r.Serial = k.Name
 		}
 		if _, err := sess.rt.Mount(ctx, r); err != nil {
-			return fmt.Errorf("mount disk %s: %w", d.Name, err)
+			return fmt.Errorf("mount disk %s: %w", k.Name, err)
 		}
 		s.set(d, s.attach != nil, sess.boot)
 		return nil
@@ -221,7 +233,7 @@ func (s *diskSet) release(ctx context.Context, sess *session, holder string) err
 		s.mu.Lock()
 		last := len(d.holders) == 1
 		s.mu.Unlock()
-		if last && d.Volume != "" {
+		if last && s.what(d).Volume != "" {
 			if err := s.drop(ctx, sess, d, holder); err != nil {
 				return err
 			}
@@ -239,6 +251,7 @@ func (s *diskSet) release(ctx context.Context, sess *session, holder string) err
 func (s *diskSet) drop(ctx context.Context, sess *session, d *heldDisk, except string) error {
 	d.op.Lock()
 	defer d.op.Unlock()
+	k := s.what(d)
 	s.mu.Lock()
 	for h := range d.holders {
 		if h != except {
@@ -249,26 +262,26 @@ func (s *diskSet) drop(ctx context.Context, sess *session, d *heldDisk, except s
 	}
 	s.mu.Unlock()
 	if sess != nil {
-		if err := sess.rt.Unmount(ctx, d.Name); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("unmount disk %s: %w", d.Name, err)
+		if err := sess.rt.Unmount(ctx, k.Name); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("unmount disk %s: %w", k.Name, err)
 		}
 		if s.detach != nil {
-			if err := s.detach(ctx, d.Name); err != nil && !errdefs.IsNotFound(err) {
-				return fmt.Errorf("detach disk %s: %w", d.Name, err)
+			if err := s.detach(ctx, k.Name); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("detach disk %s: %w", k.Name, err)
 			}
 		}
 		s.set(d, false, "")
 	}
-	if d.Volume != "" && s.unuse != nil {
-		if err := s.unuse(ctx, d.Volume); err != nil && !errdefs.IsNotFound(err) {
+	if k.Volume != "" && s.unuse != nil {
+		if err := s.unuse(ctx, k.Volume); err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(d.holders, except)
-	if len(d.holders) == 0 && s.disks[d.Name] == d {
-		delete(s.disks, d.Name)
+	if len(d.holders) == 0 && s.disks[k.Name] == d {
+		delete(s.disks, k.Name)
 	} else {
 		d.attached, d.mounted = false, "" // somebody came meanwhile: attach it again
 	}
