@@ -60,7 +60,7 @@ while :; do
     (cat /tmp/out; printf '\n\001%d\n' $rc) >&3
   done
   exec 3>&-
-  usleep 10000
+  usleep 300000
 done
 `
 
