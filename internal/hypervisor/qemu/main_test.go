@@ -134,6 +134,11 @@ func useWarm(t testing.TB, dir string) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		defer func() {
+			if warm.dir == "" { // it failed
+				_ = os.RemoveAll(tmp)
+			}
+		}()
 		makeTemplate(t, tmp)
 		warm.dir = tmp
 	}
