@@ -64,6 +64,7 @@ var floors = []struct {
 	{"internal/control", 70},
 	{"internal/agent", 60},
 	{"internal/guest", 60},
+	{"internal/guest/layout", 15},
 	{"internal/guestimage", 40},
 	{"internal/doctor", 50},
 	{"internal/hypervisor", 40},
