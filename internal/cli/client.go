@@ -40,9 +40,9 @@ func (a *app) api() (*client, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 		switch {
 		case errors.Is(err, fs.ErrPermission):
-			return nil, fmt.Errorf("no permission for the server at %s: %w: %w", path, err, errdefs.ErrPermissionDenied)
+			return nil, fmt.Errorf("no permission for the server at %s: %w", path, errdefs.ErrPermissionDenied)
 		case err != nil:
-			return nil, fmt.Errorf("no server at %s: %w: %w", path, err, errdefs.ErrUnavailable)
+			return nil, fmt.Errorf("no server at %s: %w", path, errdefs.ErrUnavailable)
 		}
 		return c, nil
 	})

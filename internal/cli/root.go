@@ -204,9 +204,9 @@ func Run(ctx context.Context, env Env, args []string) int {
 func explainError(err error) string {
 	msg := err.Error()
 	switch {
-	case errdefs.IsUnavailable(err) && strings.Contains(msg, "connect:"):
+	case errdefs.IsUnavailable(err) && strings.Contains(msg, "no server at"):
 		return msg + "\nIs the server running? Start it with: sudo tandem serve"
-	case errdefs.IsPermissionDenied(err) && strings.Contains(msg, "connect:"):
+	case errdefs.IsPermissionDenied(err) && strings.Contains(msg, "no permission for the server"):
 		return msg + "\nThe server's socket belongs to root; use sudo, or ask to be put in its group."
 	}
 	return msg

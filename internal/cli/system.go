@@ -74,7 +74,11 @@ func (a *app) explain() *cobra.Command {
 			if a.format == "json" {
 				return a.printOne(m)
 			}
-			fmt.Fprintln(a.env.Stdout, printable(m.GetText()))
+			// The text's list of options follows as a table.
+			text, _, _ := strings.Cut(m.GetText(), "Weighed, least cost first:")
+			for _, l := range strings.Split(strings.TrimSpace(text), "\n") {
+				fmt.Fprintln(a.env.Stdout, printable(l))
+			}
 			var rows [][]string
 			for _, o := range m.GetReason().GetOptions() {
 				mark := ""

@@ -287,7 +287,7 @@ func stateWord(c *v1.Container) string {
 	if st.GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING && st.Health == v1.Health_HEALTH_UNHEALTHY {
 		return "unhealthy"
 	}
-	if st.GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING {
+	if st.GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING && st.Health == v1.Health_HEALTH_STARTING {
 		return "not healthy yet"
 	}
 	return strings.ToLower(strings.TrimPrefix(st.GetState().String(), "CONTAINER_STATE_"))

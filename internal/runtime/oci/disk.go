@@ -158,8 +158,11 @@ func (r *Runtime) mountDisk(ctx context.Context, q *v1.MountDiskRequest, dir str
 		}
 	}
 	data := ""
-	if q.FsType == "ext4" && q.ReadOnly {
+	switch {
+	case q.FsType == "ext4" && q.ReadOnly:
 		data = "noload" // a read-only image has no journal to play back
+	case q.FsType == "ext4":
+		data = "noinit_itable" // the file is sparse: zeroing its inode tables would only fill it
 	}
 	if err := unix.Mount(dev, dir, q.FsType, flags, data); err != nil {
 		return fmt.Errorf("%s of %s: %w", q.FsType, dev, err)
