@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -20,92 +19,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
-
-// envInit makes the test binary the first process of a host's namespaces.
-const envInit = "TANDEM_E2E_INIT"
-
-// MaybeInit makes this process the first of a host's namespaces if it was started
-// to be that; else it returns. Call it first in TestMain.
-func MaybeInit() {
-	if os.Getenv(envInit) != "" {
-		hostInit()
-		os.Exit(0)
-	}
-}
-
-// hostInit is pid 1 of a host: it prepares the namespaces, says "ready" and reaps.
-func hostInit() {
-	check := func(err error, what string) {
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "host init:", what, err)
-			os.Exit(1)
-		}
-	}
-	check(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), "private mounts")
-	check(unix.Mount("proc", "/proc", "proc", 0, ""), "proc")
-	check(unix.Mount("sysfs", "/sys", "sysfs", 0, ""), "sysfs")
-	// The control groups below /sys are the computer's: bring them back.
-	check(bindCgroups(), "cgroups")
-	lo, err := netlink.LinkByName("lo")
-	check(err, "lo")
-	check(netlink.LinkSetUp(lo), "lo up")
-	// A bridged packet must not meet iptables; see the network's page.
-	os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"), 0o644)
-	fmt.Println("ready")
-	ch := make(chan os.Signal, 64)
-	signal.Notify(ch, unix.SIGCHLD)
-	for range ch {
-		for {
-			var ws unix.WaitStatus
-			pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
-			if pid <= 0 || err != nil {
-				break
-			}
-		}
-	}
-}
-
-// bindCgroups mounts again what a new sysfs hides. The list comes from the
-// parent through the environment, as "source;target;type;options" lines.
-func bindCgroups() error {
-	for _, l := range strings.Split(strings.TrimSpace(os.Getenv(envInit)), "\n") {
-		p := strings.Split(l, ";")
-		if len(p) != 3 {
-			continue
-		}
-		target, typ, opts := p[0], p[1], p[2]
-		os.MkdirAll(target, 0o755)
-		if err := unix.Mount(typ, target, typ, 0, opts); err != nil {
-			return fmt.Errorf("%s: %w", target, err)
-		}
-	}
-	return nil
-}
-
-// cgroupMounts describes this computer's hierarchies for bindCgroups.
-func cgroupMounts() string {
-	b, _ := os.ReadFile("/proc/self/mounts")
-	var out []string
-	for _, l := range strings.Split(string(b), "\n") {
-		p := strings.Fields(l)
-		if len(p) < 4 || !strings.HasPrefix(p[1], "/sys/fs/cgroup") {
-			continue
-		}
-		var opts []string
-		for _, o := range strings.Split(p[3], ",") {
-			switch o {
-			case "rw", "ro", "relatime", "nosuid", "nodev", "noexec", "mode=755", "seclabel", "inode64":
-			default:
-				opts = append(opts, o)
-			}
-		}
-		out = append(out, p[1]+";"+p[2]+";"+strings.Join(opts, ","))
-	}
-	return strings.Join(out, "\n") + "\n"
-}
 
 // Host is one simulated server with Tandem on it.
 type Host struct {
@@ -318,34 +233,6 @@ func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 	}
 }
 
-// Find lists pids (as seen from outside) of the host's processes whose command
-// line has all the words.
-func (h *Host) Find(words ...string) []int {
-	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.init.Process.Pid))
-	if err != nil {
-		return nil
-	}
-	var out []int
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-next:
-	for _, d := range dirs {
-		pid, _ := strconv.Atoi(filepath.Base(d))
-		if n, err := os.Readlink(d + "/ns/net"); err != nil || n != ns || pid == h.init.Process.Pid {
-			continue
-		}
-		b, _ := os.ReadFile(d + "/cmdline")
-		args := strings.Split(string(b), "\x00")
-		line := filepath.Base(args[0]) + " " + strings.Join(args[1:], " ")
-		for _, w := range words {
-			if !strings.Contains(line, w) {
-				continue next
-			}
-		}
-		out = append(out, pid)
-	}
-	return out
-}
-
 // Server is the process of `tandem serve`.
 func (h *Host) Server() []int {
 	var out []int
@@ -364,84 +251,3 @@ func (h *Host) In(t testing.TB) *Host {
 	sub.t = t
 	return &sub
 }
-
-// Processes lists command lines of the host's processes of these programs.
-func (h *Host) Processes(names ...string) []string {
-	var out []string
-	for _, n := range names {
-		for _, p := range h.Find(n) {
-			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
-			out = append(out, strings.ReplaceAll(string(b), "\x00", " "))
-		}
-	}
-	return out
-}
-
-// Container is what the tests look at in `tandem ps --format json`.
-type Container struct {
-	Meta struct {
-		ID, Name, Project string
-	}
-	Service    string
-	Assignment struct {
-		HostID    string `json:"host_id"`
-		MachineID string `json:"machine_id"`
-		IP        string
-	}
-	Status struct {
-		State        string
-		ExitCode     int    `json:"exit_code"`
-		RestartCount int    `json:"restart_count"`
-		StartedAt    string `json:"started_at"`
-		Health       string
-		Message      string
-	}
-}
-
-// Containers lists all containers by name.
-func (h *Host) Containers() (map[string]Container, error) {
-	out, err := h.Try("ps", "-a", "--format", "json")
-	if err != nil {
-		return nil, err
-	}
-	var list []Container
-	if err := json.Unmarshal([]byte(out), &list); err != nil {
-		return nil, fmt.Errorf("%w: %s", err, out)
-	}
-	m := map[string]Container{}
-	for _, c := range list {
-		m[c.Meta.Name] = c
-	}
-	return m, nil
-}
-
-// Container is the container of that name; the test fails without it.
-func (h *Host) Container(name string) Container {
-	h.t.Helper()
-	all, err := h.Containers()
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	c, ok := all[name]
-	if !ok {
-		h.t.Fatalf("no container %s; there are %v", name, all)
-	}
-	return c
-}
-
-// Compose writes a Compose file and returns its path.
-func (h *Host) Compose(name, text string) string {
-	h.t.Helper()
-	dir := filepath.Join(h.Dir, name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		h.t.Fatal(err)
-	}
-	f := filepath.Join(dir, "compose.yaml")
-	if err := os.WriteFile(f, []byte(text), 0o644); err != nil {
-		h.t.Fatal(err)
-	}
-	return f
-}
-
-// Pid is the first process of the host's namespaces, for nsenter by hand.
-func (h *Host) Pid() int { return h.init.Process.Pid }
