@@ -8,6 +8,7 @@ import (
 	v1 "tandem/api/tandem/v1"
 
 	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 )
 
@@ -90,6 +91,9 @@ func (a *app) runContainer(ctx context.Context, r *runFlags, spec *v1.ContainerS
 	}
 	c := res.Msg
 	if r.detach {
+		if _, err := api.containers.Wait(ctx, connect.NewRequest(&v1.WaitContainerRequest{Container: c.GetMeta().GetId(), Project: c.GetMeta().GetProject(), Condition: "started"})); err != nil && !(spec.GetAutoRemove() && errdefs.IsNotFound(err)) {
+			return err
+		}
 		if a.format == "json" {
 			return a.printOne(c)
 		}

@@ -69,11 +69,15 @@ func (k *containers) Wait(ctx context.Context, req *connect.Request[v1.WaitConta
 		"running": func(c *v1.Container) bool {
 			return c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING
 		},
+		// started is what docker run -d waits for: it runs, or has run.
+		"started": func(c *v1.Container) bool {
+			return c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_RUNNING || control.Ended(c) && c.GetStatus().GetStartedAt() != nil
+		},
 		"healthy": control.Ready,
 		"removed": func(*v1.Container) bool { return false },
 	}[cmp.Or(r.Condition, "exited")]
 	if done == nil {
-		return nil, fmt.Errorf("condition %.20q is not one of %s: %w", r.Condition, strings.Join(slices.Sorted(maps.Keys(map[string]int{"exited": 0, "running": 0, "healthy": 0, "removed": 0})), ", "), errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("condition %.20q is not one of %s: %w", r.Condition, strings.Join(slices.Sorted(maps.Keys(map[string]int{"exited": 0, "running": 0, "started": 0, "healthy": 0, "removed": 0})), ", "), errdefs.ErrInvalidArgument)
 	}
 	c, err := s.container(r.Container, r.Project)
 	if err != nil {
