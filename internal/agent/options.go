@@ -14,6 +14,7 @@ import (
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/api/tandem/v1/tandemv1connect"
+	"tandem/internal/clock"
 	"tandem/internal/hypervisor"
 	"tandem/internal/image"
 	"tandem/internal/network"
@@ -31,16 +32,7 @@ type Guest struct {
 }
 
 // Clock is the agent's time. The default is the system's.
-type Clock interface {
-	Now() time.Time
-	// After sends once, d from now.
-	After(d time.Duration) <-chan time.Time
-}
-
-type systemClock struct{}
-
-func (systemClock) Now() time.Time                         { return time.Now() }
-func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+type Clock = clock.Clock
 
 // GuestLink is a connection to a guest's agent.
 type GuestLink struct {
@@ -136,7 +128,7 @@ func (o *Options) fill() error {
 		o.HostName = h
 	}
 	if o.Clock == nil {
-		o.Clock = systemClock{}
+		o.Clock = clock.System{}
 	}
 	if o.Rand == nil {
 		o.Rand = rand.Reader

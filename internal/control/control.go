@@ -14,21 +14,13 @@ import (
 	"github.com/containerd/errdefs"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/clock"
 	"tandem/internal/planner"
 	"tandem/internal/store"
 )
 
 // Clock tells the time; tests bring their own.
-type Clock interface {
-	Now() time.Time
-	// After is time.After on this clock.
-	After(d time.Duration) <-chan time.Time
-}
-
-type realClock struct{}
-
-func (realClock) Now() time.Time                         { return time.Now() }
-func (realClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+type Clock = clock.Clock
 
 // Options of New. Zero values take the defaults that are named.
 type Options struct {
@@ -85,7 +77,7 @@ func New(o Options) (*Controller, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Clock == nil {
-		o.Clock = realClock{}
+		o.Clock = clock.System{}
 	}
 	if o.Rand == nil {
 		o.Rand = rand.Reader

@@ -6,20 +6,14 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
+	"tandem/internal/clock"
 	"tandem/internal/image/layerfs"
+
+	"github.com/google/go-containerregistry/pkg/authn"
 )
 
 // Clock is the store's time. The default is the system's.
-type Clock interface {
-	Now() time.Time
-	After(d time.Duration) <-chan time.Time
-}
-
-type systemClock struct{}
-
-func (systemClock) Now() time.Time                         { return time.Now() }
-func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+type Clock = clock.Clock
 
 // Options are a store's settings. The zero value is right for a host.
 type Options struct {
@@ -69,7 +63,7 @@ func (o Options) withDefaults() Options {
 		o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
 	}
 	if o.Clock == nil {
-		o.Clock = systemClock{}
+		o.Clock = clock.System{}
 	}
 	if o.CertsDirs == nil {
 		o.CertsDirs = []string{"/etc/tandem/certs.d", "/etc/docker/certs.d", "/etc/containers/certs.d"}

@@ -78,6 +78,7 @@ var floors = []struct {
 	{"internal/session", 20},
 	{"internal/rpc", 20},
 	{"internal/files", 15},
+	{"internal/clock", 15},
 	{"api", 10},
 }
 

@@ -34,6 +34,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"tandem/api/tandem/v1/tandemv1connect"
+	"tandem/internal/clock"
 	"tandem/internal/control"
 	"tandem/internal/rpc"
 	"tandem/internal/store"
@@ -78,11 +79,6 @@ func SocketPath(runDir string) string { return filepath.Join(runDir, "tandem.soc
 // TokenPath is where a server with this state directory keeps the agents' token.
 func TokenPath(stateDir string) string { return filepath.Join(stateDir, "agent-token") }
 
-type realClock struct{}
-
-func (realClock) Now() time.Time                         { return time.Now() }
-func (realClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
-
 // New checks options and the directories. It opens nothing that lasts.
 func New(o Options) (*Server, error) {
 	if o.StateDir == "" || o.RunDir == "" {
@@ -92,7 +88,7 @@ func New(o Options) (*Server, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Clock == nil {
-		o.Clock = realClock{}
+		o.Clock = clock.System{}
 	}
 	if n := len(SocketPath(o.RunDir)); n > 100 {
 		return nil, fmt.Errorf("run directory %s is too long for a socket (%d characters, at most 100): %w", o.RunDir, n, errdefs.ErrInvalidArgument)

@@ -27,19 +27,12 @@ import (
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/api/tandem/v1/tandemv1connect"
+	"tandem/internal/clock"
 	"tandem/internal/rpc"
 )
 
 // Clock is what time a fake host has.
-type Clock interface {
-	Now() time.Time
-	After(d time.Duration) <-chan time.Time
-}
-
-type realClock struct{}
-
-func (realClock) Now() time.Time                         { return time.Now() }
-func (realClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+type Clock = clock.Clock
 
 // Script is how containers of an image behave. The zero value runs until it is
 // stopped, and is healthy at once when it has a check.
@@ -135,7 +128,7 @@ func New(o Options) *Host {
 		o.Capabilities = &v1.Capabilities{GrowCpu: true, ShrinkCpu: true, GrowMemory: true, ShrinkMemory: true, HotDisk: true, Clone: true, Metal: true, MemoryStepBytes: 64 << 20}
 	}
 	if o.Clock == nil {
-		o.Clock = realClock{}
+		o.Clock = clock.System{}
 	}
 	return &Host{opts: o, scripts: map[string]Script{}, machines: map[string]*machine{}, containers: map[string]*container{},
 		volumes: map[string]*v1.VolumeStatus{}, images: map[string]*v1.Image{}, changed: make(chan struct{}), touched: map[string]uint64{}, removed: map[string]gone{}}

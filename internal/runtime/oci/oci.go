@@ -26,6 +26,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/clock"
 	"tandem/internal/runtime"
 	"tandem/internal/runtime/cgroup"
 	"tandem/internal/runtime/monitor"
@@ -42,16 +43,7 @@ type Endpoint interface {
 }
 
 // Clock is the time that Stop's grace and timestamps run on.
-type Clock interface {
-	Now() time.Time
-	// After is time.After.
-	After(d time.Duration) <-chan time.Time
-}
-
-type systemClock struct{}
-
-func (systemClock) Now() time.Time                         { return time.Now() }
-func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+type Clock = clock.Clock
 
 // Options say where and with what. StateDir, RunDir, Runc and Monitor are needed.
 type Options struct {
@@ -122,7 +114,7 @@ func New(ctx context.Context, o Options) (*Runtime, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Clock == nil {
-		o.Clock = systemClock{}
+		o.Clock = clock.System{}
 	}
 	cg, err := cgroup.Detect()
 	if err != nil {
