@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/files"
 )
 
 // stateDir is the agent's own directory. All writes are
@@ -62,28 +63,12 @@ func (s *stateDir) path(p ...string) string {
 
 // write replaces a file. With sync its content outlives a power cut.
 func (s *stateDir) write(name string, data []byte, sync bool) error {
-	path := s.path(name)
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
-	if err != nil {
-		return fmt.Errorf("agent's state: %w", err)
-	}
-	_, err = f.Write(data)
-	if err == nil && sync {
-		err = f.Sync()
-	}
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-		return fmt.Errorf("agent's state: write %s: %w", name, err)
-	}
+	replace := files.Replace
 	if sync {
-		if d, err := os.Open(filepath.Dir(path)); err == nil {
-			d.Sync()
-			d.Close()
-		}
+		replace = files.ReplaceDurably
+	}
+	if err := replace(s.path(name), data, 0o600); err != nil {
+		return fmt.Errorf("agent's state: write %s: %w", name, err)
 	}
 	return nil
 }
@@ -177,7 +162,7 @@ func loadRecords[T any](s *stateDir, kind string) (recs map[string]*T, bad []str
 	}
 	for _, e := range entries {
 		name := e.Name()
-		if strings.HasPrefix(name, ".tmp-") {
+		if strings.HasPrefix(name, files.Temp) {
 			os.Remove(s.path(kind, name))
 			continue
 		}

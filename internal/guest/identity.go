@@ -9,8 +9,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
+	"tandem/internal/files"
 	"tandem/internal/guest/layout"
 )
 
@@ -55,7 +55,7 @@ func (id identity) save() error {
 	if err != nil {
 		return err
 	}
-	if err := writeAtomic(layout.IdentityFile, b, 0o600); err != nil {
+	if err := files.Replace(layout.IdentityFile, b, 0o600); err != nil {
 		return fmt.Errorf("keep the guest's identity: %w", err)
 	}
 	return nil
@@ -71,23 +71,4 @@ func newGuestID(entropy []byte) string {
 	rand.Read(own[:])
 	h.Write(own[:])
 	return hex.EncodeToString(h.Sum(nil))[:32]
-}
-
-func writeAtomic(path string, b []byte, mode os.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Chmod(mode)
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }

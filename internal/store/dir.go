@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tandem/internal/files"
 )
 
 // minFree is what must be free for the store to start: one log segment and slack.
@@ -74,7 +76,7 @@ func loadKey(path string) (cipher.AEAD, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		key = make([]byte, 32)
 		rand.Read(key)
-		if err = writeFileDurably(path, key, 0o600); err != nil {
+		if err = files.ReplaceDurably(path, key, 0o600); err != nil {
 			return nil, fmt.Errorf("key file %s: %w: %w", path, err, diskClass(err))
 		}
 	}
@@ -89,29 +91,6 @@ func loadKey(path string) (cipher.AEAD, error) {
 		return nil, err
 	}
 	return cipher.NewGCM(block)
-}
-
-// writeFileDurably writes beside and renames: a crash leaves the old or the new.
-func writeFileDurably(path string, data []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 func diskClass(err error) error {
