@@ -211,9 +211,9 @@ func runcInGuest(b *testing.B, h *host.Host) time.Duration {
 		bundle(b, filepath.Join(root, "bundle"), h)
 		copyFile(b, filepath.Join(h.Bin, "runc"), filepath.Join(root, "bin/runc"))
 	}, "CMD [\"sh\"]", "ENV PATH=/bin")
-	h.Tandem("run", "-d", "--name", "nested", "--privileged", "--tmpfs", "/work", "--tmpfs", "/run", "runc", "sleep", "100000")
-	h.Tandem("exec", "nested", "sh", "-c", "cp -a /bundle /work/b && mkdir -p /run/runc")
-	script := `for i in 1 2 3 4 5 6 7; do s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run -b /work/b x$i || exit 1; e=$(cut -d' ' -f1 /proc/uptime); echo "$s $e"; done`
+	h.Tandem("run", "-d", "--name", "nested", "--privileged", "--tmpfs", "/scratch", "--tmpfs", "/run", "runc", "sleep", "100000")
+	h.Tandem("exec", "nested", "sh", "-c", "cp -a /bundle /scratch/b && mkdir -p /run/runc")
+	script := `for i in 1 2 3 4 5 6 7; do s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run -b /scratch/b x$i || exit 1; e=$(cut -d' ' -f1 /proc/uptime); echo "$s $e"; done`
 	out, err := h.Try("exec", "nested", "sh", "-c", script)
 	if err != nil {
 		b.Fatal(err)

@@ -104,7 +104,7 @@ var fields = []field{
 	{"services.*.memswap_limit", taken, ""},
 	{"services.*.models", refused, "AI models are not run by Tandem"},
 	{"services.*.network_mode", taken, "none, and host on metal"},
-	{"services.*.networks", taken, "one network per service for now"},
+	{"services.*.networks", taken, "one network per service"},
 	{"services.*.networks.*.driver_opts", refused, "networks have one driver without options"},
 	{"services.*.networks.*.gw_priority", harmless, "there is one network"},
 	{"services.*.networks.*.interface_name", refused, "the interface is called eth0"},

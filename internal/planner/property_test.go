@@ -83,9 +83,12 @@ func (x *run) addHost() {
 	x.ok(x.s.SetHost(h))
 }
 
+// impossible ends a step that can't be taken in this state: rapid draws another.
+func impossible(t *rapid.T) { t.SkipNow() }
+
 func pick[V any](t *rapid.T, m map[string]V) string {
 	if len(m) == 0 {
-		t.Skip("none")
+		impossible(t)
 	}
 	keys := []string{}
 	for k := range m {
@@ -186,7 +189,7 @@ func (x *run) setVolume(t *rapid.T) {
 	v := rapid.SampledFrom([]string{"v1", "v2"}).Draw(t, "volume")
 	for _, c := range x.w.containers {
 		if c.Host != "" && slices.Contains(c.Volumes, v) {
-			t.Skip("in use")
+			impossible(t)
 		}
 	}
 	at := pick(t, x.w.hosts)
@@ -209,7 +212,7 @@ func (x *run) placeOne(t *rapid.T) {
 	x.t = t
 	ids := x.unplaced()
 	if len(ids) == 0 {
-		t.Skip("none")
+		impossible(t)
 	}
 	id := rapid.SampledFrom(ids).Draw(t, "container")
 	p := x.decide(planner.Question{Place: []string{id}})
@@ -228,7 +231,7 @@ func (x *run) placeAll(t *rapid.T) {
 	x.t = t
 	ids := x.unplaced()
 	if len(ids) == 0 {
-		t.Skip("none")
+		impossible(t)
 	}
 	p := x.decide(planner.Question{Place: ids})
 	n := len(p.Unplaced)
@@ -274,7 +277,7 @@ func (x *run) stale(t *rapid.T) {
 	x.t = t
 	ids := x.unplaced()
 	if len(ids) == 0 {
-		t.Skip("none")
+		impossible(t)
 	}
 	p := x.decide(planner.Question{Place: ids})
 	switch rapid.IntRange(0, 2).Draw(t, "change") {
