@@ -1,5 +1,11 @@
 // Command tandem is the user's command, the server, the host agent and the
 // metal monitor in one binary. What it does is in internal/; here it is wired.
+//
+//	tandem serve                    the server, with this host's agent in it
+//	tandem agent                    an agent alone, beside a server that has none
+//	tandem guest build              the kernel and initramfs that machines boot
+//	tandem reset                    remove all that Tandem made on this host
+//	tandem up, run, ps, logs ...    what users type; see package cli
 package main
 
 import (

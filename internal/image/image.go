@@ -3,6 +3,12 @@
 // content-addressed; each layer converted once to a read-only ext4 block image,
 // keyed by diffID, which machines get hot-attached and metal mounts by loop.
 //
+//	s, err := image.Open("/var/lib/tandem/images", image.Options{})
+//	img, err := s.Pull(ctx, "nginx:1.27", image.PullOptions{})
+//	err = s.Lease(ctx, "c-1", img.Id)            // stays while container c-1 needs it
+//	layers, err := s.Layers(ctx, img.Id, nil)    // block images, the lowest first
+//	err = s.Release(ctx, "c-1")
+//
 // Every operation either succeeds or leaves nothing behind; a kill at any point
 // leaves only temporary files that the next Open removes.
 //

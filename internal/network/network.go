@@ -9,6 +9,10 @@
 //
 // All of it is a reconcile: Apply takes the whole wanted state, changes what
 // differs (also what an earlier process left), and removes the rest.
+//
+//	n, err := hostnet.New(hostnet.Options{...})
+//	err = n.Apply(ctx, state)     // *Degraded: all but what it names is so
+//	tap := n.TapName("m-1")       // is there now
 package network
 
 import (

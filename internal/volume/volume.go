@@ -2,6 +2,11 @@
 // scratch disks, as sparse ext4 image files. Data outlives containers, machines
 // and Tandem itself.
 //
+//	s, err := volume.Open("/var/lib/tandem/volumes", volume.Options{})
+//	v, err := s.Ensure(ctx, "shop-db", 10<<30) // made or grown; v.Path is a raw image
+//	err = s.Use(ctx, "shop-db", "m-1")         // before it is attached: one holder at a time
+//	err = s.Unuse(ctx, "shop-db", "m-1")       // after it was detached
+//
 // Errors belong to the classes of github.com/containerd/errdefs.
 package volume
 

@@ -1,5 +1,6 @@
 // Package layout says where things are in a container machine's file system: the
-// words that the builder of the guest image and the guest share.
+// words that the builder of the guest image (guestimage) and the guest share. It
+// holds paths only and imports nothing, so that both may stand on it.
 package layout
 
 // Paths in the initramfs.

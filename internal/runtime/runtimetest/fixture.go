@@ -3,7 +3,9 @@
 // system, the OCI runtime, specs.
 //
 //	func TestSuite(t *testing.T) {
-//		runtimetest.Run(t, func(t *testing.T) runtimetest.Target { ... })
+//		tg := runtimetest.Target{RT: rt, Layer: "layer"} // a disk that is mounted already
+//		runtimetest.Run(t, tg)   // what every implementation must do
+//		runtimetest.Linux(t, tg) // and what those on a real kernel must do too
 //	}
 package runtimetest
 
