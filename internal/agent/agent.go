@@ -226,6 +226,13 @@ func (a *Agent) apply(spec *v1.HostSpec) (uint64, error) {
 		return old.Revision, nil
 	}
 	spec = proto.Clone(spec).(*v1.HostSpec)
+	if spec.Incomplete {
+		a.log.Warn("the server can't read all of its records: what is missing in its intent stays as it is", "revision", spec.Revision)
+		complement(spec, old)
+		if err := validateSpec(spec); err != nil {
+			return 0, fmt.Errorf("with what an earlier intent had: %w", err)
+		}
+	}
 	if err := a.state.saveSpec(spec); err != nil {
 		return 0, err
 	}
@@ -252,7 +259,9 @@ func (a *Agent) checkCluster(id string) error {
 	return nil
 }
 
-// distribute gives every actor its part; those that have none are told to end.
+// distribute gives every actor its part; those that have none are told to end. Of
+// an incomplete intent nobody learns that: complement has added what was wanted
+// before, and what an agent without memory finds is left alone.
 func (a *Agent) distribute(spec *v1.HostSpec) {
 	a.mu.Lock()
 	if a.ctx.Err() != nil {
@@ -274,6 +283,9 @@ func (a *Agent) distribute(spec *v1.HostSpec) {
 		}
 	}
 	for id, m := range a.machines {
+		if spec.Incomplete && machines[id] == nil && !m.begun {
+			continue
+		}
 		m.set(machines[id])
 		if !m.begun {
 			m.begun = true
@@ -281,6 +293,9 @@ func (a *Agent) distribute(spec *v1.HostSpec) {
 		}
 	}
 	for id, c := range a.containers {
+		if spec.Incomplete && containers[id] == nil && !c.begun {
+			continue
+		}
 		c.set(containers[id])
 		if !c.begun {
 			c.begun = true

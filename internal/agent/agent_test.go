@@ -141,7 +141,7 @@ func TestStopStartRemove(t *testing.T) {
 		if r.peek(func() bool { return r.w.vols.vols["v-1"].ID == "" || len(r.w.vols.vols) != 1 }) {
 			t.Errorf("the named volume stays, the anonymous one goes: %v", r.w.vols.vols)
 		}
-		r.spec.Volumes = nil
+		r.spec.Volumes, r.spec.DeletedVolumes = nil, []string{"v-1"}
 		r.apply()
 		r.until(5*time.Second, "all gone", func() bool { return r.clean() == "" })
 	})

@@ -23,6 +23,7 @@ type hub struct {
 	machines   map[string]*v1.MachineStatus
 	containers map[string]*v1.ContainerStatus
 	volumes    map[string]*v1.VolumeStatus
+	deleted    map[string]bool // volumes that were to be removed and are gone
 	progress   map[string]*v1.Progress
 	revision   uint64
 	readers    map[*reader]bool
@@ -44,7 +45,7 @@ type reader struct {
 func newHub() *hub {
 	return &hub{
 		machines: map[string]*v1.MachineStatus{}, containers: map[string]*v1.ContainerStatus{},
-		volumes: map[string]*v1.VolumeStatus{}, progress: map[string]*v1.Progress{}, readers: map[*reader]bool{},
+		volumes: map[string]*v1.VolumeStatus{}, deleted: map[string]bool{}, progress: map[string]*v1.Progress{}, readers: map[*reader]bool{},
 	}
 }
 
@@ -106,8 +107,27 @@ func (h *hub) removeContainer(id string) {
 func (h *hub) setVolume(st *v1.VolumeStatus) {
 	set(h, h.volumes, st.Id, st, false, func(r *reader) map[string]bool { return r.volumes })
 }
+
+// removeVolume tells, also those who come later, that a volume is gone as it was
+// asked for.
 func (h *hub) removeVolume(id string) {
-	set(h, h.volumes, id, nil, true, func(r *reader) map[string]bool { return r.volumes })
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.deleted[id] {
+		return
+	}
+	h.deleted[id] = true
+	delete(h.volumes, id)
+	h.each(func(r *reader) { r.volumes[id] = true })
+}
+
+// forgetVolumes drops what is neither kept nor to be removed, as far as anybody
+// asks.
+func (h *hub) forgetVolumes(wanted, deleted map[string]bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	maps.DeleteFunc(h.deleted, func(id string, _ bool) bool { return !deleted[id] })
+	maps.DeleteFunc(h.volumes, func(id string, _ *v1.VolumeStatus) bool { return !wanted[id] && !deleted[id] })
 }
 
 // setProgress stores a step of long work; a done one is told once and forgotten.
@@ -171,7 +191,7 @@ func (r *reader) next(ctx context.Context) (*v1.HostStatus, error) {
 		out.Full, out.Facts = true, h.facts
 		out.Machines = sortedValues(h.machines)
 		out.Containers = sortedValues(h.containers)
-		out.Volumes = sortedValues(h.volumes)
+		out.Volumes, out.RemovedVolumes = sortedValues(h.volumes), slices.Sorted(maps.Keys(h.deleted))
 		out.Progress = sortedValues(h.progress)
 		r.full = false
 		r.clear()
@@ -183,6 +203,7 @@ func (r *reader) next(ctx context.Context) (*v1.HostStatus, error) {
 	out.Machines, out.RemovedMachines = pick(h.machines, r.machines)
 	out.Containers, out.RemovedContainers = pick(h.containers, r.containers)
 	out.Volumes, out.RemovedVolumes = pick(h.volumes, r.volumes)
+	out.RemovedVolumes = slices.DeleteFunc(out.RemovedVolumes, func(id string) bool { return !h.deleted[id] })
 	out.Progress = sortedValues(r.progress)
 	r.clear()
 	return out, nil

@@ -27,7 +27,7 @@ func validateSpec(s *v1.HostSpec) error {
 	if s.ClusterId == "" {
 		return bad("no cluster id")
 	}
-	if len(s.Machines) > maxMachines || len(s.Containers) > maxContainers || len(s.Volumes) > maxVolumes {
+	if len(s.Machines) > maxMachines || len(s.Containers) > maxContainers || len(s.Volumes) > maxVolumes || len(s.DeletedVolumes) > maxVolumes {
 		return bad("too many machines (%d), containers (%d) or volumes (%d)", len(s.Machines), len(s.Containers), len(s.Volumes))
 	}
 	machines := map[string]bool{}
@@ -56,6 +56,11 @@ func validateSpec(s *v1.HostSpec) error {
 			return bad("volume id %q is malformed, reserved or there twice", v.GetId())
 		}
 		volumes[v.Id] = true
+	}
+	for _, id := range s.DeletedVolumes {
+		if !validID.MatchString(id) || volumes[id] || ownDisk(id) {
+			return bad("volume id %q to be removed is malformed, reserved or wanted too", id)
+		}
 	}
 	return nil
 }

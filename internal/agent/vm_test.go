@@ -240,7 +240,11 @@ func TestRealMachine(t *testing.T) {
 		}
 	}
 
-	h.spec.Machines, h.spec.Containers, h.spec.Volumes = nil, nil, nil
+	h.spec.Machines, h.spec.Containers = nil, nil
+	for _, v := range h.spec.Volumes {
+		h.spec.DeletedVolumes = append(h.spec.DeletedVolumes, v.Id)
+	}
+	h.spec.Volumes = nil
 	h.apply()
 	h.until("gone", func(cs cmap, ms mmap) bool { return len(cs)+len(ms) == 0 })
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {

@@ -10,15 +10,16 @@ import (
 	v1 "tandem/api/tandem/v1"
 )
 
-// volumeKeeper makes the disks of named volumes and removes those that are not
-// asked for any more, with scratch disks and leases whose owner is gone.
+// volumeKeeper makes the disks of named volumes and removes those that it is told
+// to remove by name, with scratch disks and leases whose owner is gone.
 type volumeKeeper struct {
-	a    *Agent
-	wake chan struct{}
+	a      *Agent
+	wake   chan struct{}
+	warned map[string]bool // disks that nobody speaks of, and that was said
 }
 
 func newVolumeKeeper(a *Agent) *volumeKeeper {
-	return &volumeKeeper{a: a, wake: make(chan struct{}, 1)}
+	return &volumeKeeper{a: a, wake: make(chan struct{}, 1), warned: map[string]bool{}}
 }
 
 func (v *volumeKeeper) kick() {
@@ -50,7 +51,8 @@ func (v *volumeKeeper) run(ctx context.Context) {
 }
 
 // reconcile goes once over all disks. Nothing is removed before a spec was ever
-// received: an agent without intent knows nothing.
+// received: an agent without intent knows nothing. A volume that the spec does not
+// speak of is kept: only deleted_volumes removes data.
 func (v *volumeKeeper) reconcile(ctx context.Context) error {
 	a := v.a
 	spec := a.current()
@@ -77,30 +79,48 @@ func (v *volumeKeeper) reconcile(ctx context.Context) error {
 		}
 		a.hub.setVolume(st)
 	}
+	deleted := map[string]bool{}
+	for _, id := range spec.DeletedVolumes {
+		deleted[id] = true
+	}
+	a.hub.forgetVolumes(want, deleted)
 	have, err := a.o.Volumes.List(ctx)
 	if err != nil {
 		return err
 	}
+	left := map[string]bool{}
 	for _, vol := range have {
 		machine, scratch := strings.CutPrefix(vol.ID, "scratch-")
 		switch {
 		case want[vol.ID], strings.HasPrefix(vol.ID, "anon-"): // an anonymous one goes with its container
-			continue
-		case scratch:
-			if a.kernel(machine) != nil {
+		case deleted[vol.ID]:
+			if err := a.o.Volumes.Remove(ctx, vol.ID); err != nil && !errdefs.IsNotFound(err) {
+				failed, left[vol.ID] = err, true // in use: its container is still ending
+				a.hub.setVolume(&v1.VolumeStatus{Id: vol.ID, SizeBytes: vol.SizeBytes, Message: cut("to be removed: "+err.Error(), 1024)})
 				continue
 			}
+			a.log.Info("removed a volume", "volume", vol.ID)
+		case !scratch:
+			if !v.warned[vol.ID] {
+				v.warned[vol.ID] = true
+				a.log.Warn("this host has a volume that the server does not speak of; it is kept", "volume", vol.ID, "path", vol.Path)
+			}
+		case !spec.Incomplete && a.kernel(machine) == nil:
 			if err := a.o.Volumes.Unuse(ctx, vol.ID, machine); err != nil && !errdefs.IsNotFound(err) {
 				failed = err
 				continue
 			}
+			if err := a.o.Volumes.Remove(ctx, vol.ID); err != nil && !errdefs.IsNotFound(err) {
+				failed = err
+				continue
+			}
+			a.log.Info("removed the scratch disk of a machine that is no more", "volume", vol.ID)
 		}
-		if err := a.o.Volumes.Remove(ctx, vol.ID); err != nil && !errdefs.IsNotFound(err) {
-			failed = err // in use: its container is still ending
-			continue
+	}
+	for id := range deleted {
+		if !left[id] {
+			a.hub.removeVolume(id)
 		}
-		a.log.Info("removed a disk that is not in the spec", "volume", vol.ID)
-		a.hub.removeVolume(vol.ID)
 	}
 	if err := v.leases(ctx); err != nil {
 		failed = err

@@ -15,10 +15,14 @@ import (
 // containers are gone, a project when all of it is.
 func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	snap := c.store.Snapshot()
-	hosts := make(map[string]bool)
+	known := make(map[string]bool)
 	for _, h := range snap.Hosts {
-		hosts[h.Meta.Id] = true
+		known[h.Meta.Id] = true
 	}
+	// A host that is no more takes all that it had with it; one whose record can't
+	// be read is still there.
+	lost := snap.Unreadable(store.Hosts)
+	noHost := func(id string) bool { return id == "" || !known[id] && !lost }
 	again := time.Duration(0)
 	// Each record goes in a transaction of its own: one that changes meanwhile
 	// does not keep the others.
@@ -37,7 +41,7 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	gone := map[string]bool{}
 	for _, x := range snap.Containers {
 		if x.Meta.Deleting {
-			ok := x.GetAssignment().GetHostId() == "" || !hosts[x.Assignment.HostId]
+			ok := noHost(x.GetAssignment().GetHostId())
 			if !ok {
 				var retry time.Duration
 				ok, retry = c.Hosts.gone(x.Assignment.HostId, x.Meta.Id, x.Meta.Revision, snap.Revision)
@@ -71,7 +75,7 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 		if !m.Meta.Deleting || inMachine[m.Meta.Id] > 0 {
 			continue
 		}
-		ok := !hosts[m.HostId]
+		ok := noHost(m.HostId)
 		if !ok {
 			var retry time.Duration
 			ok, retry = c.Hosts.gone(m.HostId, m.Meta.Id, m.Meta.Revision, snap.Revision)
@@ -103,15 +107,8 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	}
 	for _, v := range snap.Volumes {
 		if v.Meta.Deleting && !volumeUsed[v.Meta.Project+"/"+v.Meta.Name] {
-			ok := v.HostId == "" || !hosts[v.HostId]
-			if !ok {
-				var retry time.Duration
-				ok, retry = c.Hosts.gone(v.HostId, v.Meta.Id, v.Meta.Revision, snap.Revision)
-				if retry > 0 {
-					again = retry
-				}
-			}
-			if ok && del(v) {
+			ok := noHost(v.HostId)
+			if ok = ok || c.Hosts.volumeGone(v.HostId, v.Meta.Id); ok && del(v) {
 				c.Hosts.forget(v.Meta.Id)
 				continue
 			}

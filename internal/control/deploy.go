@@ -46,7 +46,7 @@ func ContainerName(s *v1.Service, n int32) string {
 // deploy makes containers what services say.
 func (c *Controller) deploy(ctx context.Context) (time.Duration, error) {
 	snap := c.store.Snapshot()
-	d := &deployment{c: c, tx: c.store.Txn(), names: map[store.Key]bool{}, groups: map[svcKey][]*v1.Container{}, services: map[svcKey]*v1.Service{}, projects: map[string]*v1.Project{}}
+	d := &deployment{c: c, snap: snap, tx: c.store.Txn(), names: map[store.Key]bool{}, groups: map[svcKey][]*v1.Container{}, services: map[svcKey]*v1.Service{}, projects: map[string]*v1.Project{}}
 	for _, p := range snap.Projects {
 		d.projects[p.Meta.Name] = p
 	}
@@ -59,6 +59,9 @@ func (c *Controller) deploy(ctx context.Context) (time.Duration, error) {
 			k := svcKey{x.Meta.Project, x.Service}
 			d.groups[k] = append(d.groups[k], x)
 		}
+	}
+	for _, k := range snap.Corrupt {
+		d.names[k] = true // it runs, for all that is known: its place is taken
 	}
 	for _, s := range snap.Services {
 		d.service(s)
@@ -73,6 +76,7 @@ func (c *Controller) deploy(ctx context.Context) (time.Duration, error) {
 // deployment is one run of the deploy controller.
 type deployment struct {
 	c        *Controller
+	snap     *store.Snapshot
 	tx       *store.Txn
 	names    map[store.Key]bool
 	groups   map[svcKey][]*v1.Container // all of a service, going ones too
@@ -99,7 +103,12 @@ func (d *deployment) remove(x *v1.Container) {
 // goes says whether a service is to go as a whole.
 func (d *deployment) goes(s *v1.Service) bool {
 	p := d.projects[s.Meta.Project]
-	return s.Meta.Deleting || p == nil || p.Meta.Deleting
+	return s.Meta.Deleting || p.GetMeta().GetDeleting() || p == nil && !d.broken(store.Projects, "", s.Meta.Project)
+}
+
+// broken says that a record is there but can't be read: nothing goes for that.
+func (d *deployment) broken(kind store.Kind, project, name string) bool {
+	return d.snap.Broken(store.Key{Kind: kind, Project: project, Name: name})
 }
 
 // service brings one service a step further.
@@ -248,9 +257,9 @@ func (d *deployment) single(x *v1.Container) {
 	p := d.projects[x.Meta.Project]
 	switch {
 	case x.Meta.Deleting:
-	case p == nil, p.Meta.Deleting && (x.Service == "" || x.OneOff):
+	case p == nil && !d.broken(store.Projects, "", x.Meta.Project), p.GetMeta().GetDeleting() && (x.Service == "" || x.OneOff):
 		d.remove(x)
-	case x.Service != "" && !x.OneOff && d.services[svcKey{x.Meta.Project, x.Service}] == nil:
+	case x.Service != "" && !x.OneOff && d.services[svcKey{x.Meta.Project, x.Service}] == nil && !d.broken(store.Services, x.Meta.Project, x.Service):
 		d.remove(x)
 	case x.GetSpec().GetAutoRemove() && x.Status.GetStartedAt() != nil && Ended(x), x.GetSpec().GetAutoRemove() && d.givenUp(x):
 		if d.c.isHeld(x) {

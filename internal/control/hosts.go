@@ -59,6 +59,7 @@ type session struct {
 	full    bool                 // the agent has told everything once
 	seen    map[string]bool      // ids that the agent has
 	applied uint64               // revision of the intent that it took last
+	removed map[string]bool      // volumes that it was told to remove, and has
 	ever    map[string]bool      // ids that the agent has ever spoken of
 	sent    map[string]time.Time // ids it never spoke of, and since when they are not wanted
 	ids     map[string]bool      // ids in that intent
@@ -87,7 +88,7 @@ func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1co
 	if f.GetHostId() != hostID || hostID == "" || len(hostID) > 64 {
 		return fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
 	}
-	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, ever: map[string]bool{},
+	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, removed: map[string]bool{}, ever: map[string]bool{},
 		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
 	defer close(s.done)
 	c.Hosts.enter(s)
@@ -239,14 +240,11 @@ func (s *session) push(ctx context.Context) {
 
 // took notes which intent the agent has.
 func (s *session) took(spec *v1.HostSpec, rev uint64) {
-	ids := make(map[string]bool, len(spec.Containers)+len(spec.Machines)+len(spec.Volumes))
+	ids := make(map[string]bool, len(spec.Containers)+len(spec.Machines))
 	for _, x := range spec.Containers {
 		ids[x.Id] = true
 	}
 	for _, x := range spec.Machines {
-		ids[x.Id] = true
-	}
-	for _, x := range spec.Volumes {
 		ids[x.Id] = true
 	}
 	s.mu.Lock()
@@ -271,7 +269,20 @@ func (s *session) took(spec *v1.HostSpec, rev uint64) {
 // agent never spoke of, may still be going.
 const forgetAfter = 10 * time.Second
 
-// gone says that nothing is left of a container, machine or volume on a host:
+// volumeGone says that a volume's data is gone: its agent said so itself.
+func (h *Hosts) volumeGone(hostID, id string) bool {
+	h.mu.Lock()
+	s := h.sessions[hostID]
+	h.mu.Unlock()
+	if s == nil {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.removed[id]
+}
+
+// gone says that nothing is left of a container or machine on a host:
 // the agent has an intent without it and does not speak of it any more. When that
 // is only a matter of time, it says when to ask again.
 func (h *Hosts) gone(hostID, id string, changedAt, _ uint64) (bool, time.Duration) {
@@ -304,6 +315,7 @@ func (h *Hosts) forget(id string) {
 		s.mu.Lock()
 		delete(s.sent, id)
 		delete(s.ever, id)
+		delete(s.removed, id)
 		s.mu.Unlock()
 	}
 }

@@ -11,9 +11,11 @@ import (
 )
 
 // hostSpec is all that one host shall run, from one snapshot. What is to go is
-// simply not in it.
+// simply not in it; only data must be named to be removed. While a record can't be
+// read the spec is incomplete, and the agent removes nothing.
 func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
-	spec := &v1.HostSpec{Revision: snap.Revision, ClusterId: clusterID}
+	spec := &v1.HostSpec{Revision: snap.Revision, ClusterId: clusterID,
+		Incomplete: snap.Unreadable(store.Machines, store.Containers, store.Volumes, store.Networks)}
 	machines := map[string]bool{}
 	for _, m := range snap.Machines {
 		if m.HostId != hostID || m.Meta.Deleting {
@@ -28,7 +30,11 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 	volumes := map[string]*v1.Volume{}
 	for _, v := range snap.Volumes {
 		volumes[v.Meta.Project+"/"+v.Meta.Name] = v
-		if v.HostId == hostID && !v.Meta.Deleting {
+		switch {
+		case v.HostId != hostID:
+		case v.Meta.Deleting:
+			spec.DeletedVolumes = append(spec.DeletedVolumes, v.Meta.Id)
+		default:
 			spec.Volumes = append(spec.Volumes, &v1.VolumeAssignment{Id: v.Meta.Id, Name: v.Meta.Name, Project: v.Meta.Project, SizeBytes: v.SizeBytes})
 		}
 	}

@@ -41,7 +41,7 @@ func (s *session) take(in *v1.HostStatus) {
 	s.mu.Lock()
 	s.lastIn = c.clock.Now()
 	if in.Full {
-		s.seen = map[string]bool{}
+		s.seen, s.removed = map[string]bool{}, map[string]bool{}
 	}
 	for _, x := range in.Machines {
 		s.seen[x.Id], s.ever[x.Id] = true, true
@@ -51,10 +51,13 @@ func (s *session) take(in *v1.HostStatus) {
 		x.Message, x.HealthOutput = cut(x.Message), cut(x.HealthOutput)
 	}
 	for _, x := range in.Volumes {
-		s.seen[x.Id], s.ever[x.Id] = true, true
+		delete(s.removed, x.Id)
 	}
-	removed := 0
-	for _, l := range [][]string{in.RemovedContainers, in.RemovedMachines, in.RemovedVolumes} {
+	removed := len(in.RemovedVolumes)
+	for _, id := range in.RemovedVolumes {
+		s.removed[id] = true
+	}
+	for _, l := range [][]string{in.RemovedContainers, in.RemovedMachines} {
 		for _, id := range l {
 			delete(s.seen, id)
 			delete(s.sent, id)

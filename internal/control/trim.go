@@ -6,6 +6,7 @@ import (
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/planner"
+	"tandem/internal/store"
 )
 
 // trimmer remembers since when machines are empty or too large. A restart starts
@@ -22,6 +23,9 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 	c.planMu.Lock()
 	defer c.planMu.Unlock()
 	snap := c.store.Snapshot()
+	if snap.Unreadable(store.Containers, store.Machines) {
+		return 0, nil // what a machine holds is not known: it stays as it is
+	}
 	c.plan.sync()
 	if c.trim.empty == nil {
 		c.trim.empty, c.trim.large = map[string]time.Time{}, map[string]time.Time{}

@@ -47,6 +47,7 @@ func (c *cache) close() {
 func (c *cache) set(k Key, r Record, bad error) {
 	m := c.kinds[k.Kind]
 	old := m[k]
+	_, wasBad := c.corrupt[k]
 	delete(c.corrupt, k)
 	if old != nil && old.GetMeta().GetId() != "" {
 		delete(c.ids, string(k.Kind)+"/"+old.GetMeta().GetId())
@@ -62,9 +63,11 @@ func (c *cache) set(k Key, r Record, bad error) {
 			c.ids[string(k.Kind)+"/"+id] = k
 		}
 	}
-	if old == nil && r == nil {
+	if old == nil && r == nil && wasBad == (bad != nil) {
 		return
 	}
+	// That a record can't be read, or that such a one went, wakes subscribers too:
+	// the lists are no longer, or again, complete.
 	for s := range c.subs {
 		s.add(Change{Key: k, Old: old, New: r})
 	}
@@ -178,6 +181,19 @@ func (s *Store) Corrupt() map[Key]error {
 	for k, e := range s.cache.corrupt {
 		out[k] = e
 	}
+	return out
+}
+
+// corruptKeys lists them in order. The lock is held.
+func (c *cache) corruptKeys() []Key {
+	if len(c.corrupt) == 0 {
+		return nil
+	}
+	out := make([]Key, 0, len(c.corrupt))
+	for k := range c.corrupt {
+		out = append(out, k)
+	}
+	slices.SortFunc(out, func(a, b Key) int { return cmp.Compare(a.String(), b.String()) })
 	return out
 }
 

@@ -1,6 +1,10 @@
 package store
 
-import v1 "tandem/api/tandem/v1"
+import (
+	"slices"
+
+	v1 "tandem/api/tandem/v1"
+)
 
 // Snapshot is all records at one revision. Do not modify them.
 type Snapshot struct {
@@ -12,7 +16,19 @@ type Snapshot struct {
 	Machines   []*v1.Machine
 	Volumes    []*v1.Volume
 	Hosts      []*v1.Host
+	// Corrupt are the keys of records that could not be decoded: what they stand
+	// for is there, though no list has it.
+	Corrupt []Key
 }
+
+// Unreadable says whether a record of one of these kinds could not be decoded, so
+// that nothing may be concluded from the absence of one.
+func (s *Snapshot) Unreadable(kinds ...Kind) bool {
+	return slices.ContainsFunc(s.Corrupt, func(k Key) bool { return slices.Contains(kinds, k.Kind) })
+}
+
+// Broken says whether this very record could not be decoded.
+func (s *Snapshot) Broken(k Key) bool { return slices.Contains(s.Corrupt, k) }
 
 // Snapshot reads everything at one moment, each list ordered by project and name.
 func (s *Store) Snapshot() *Snapshot {
@@ -28,5 +44,6 @@ func (s *Store) Snapshot() *Snapshot {
 		Machines:   list[*v1.Machine](c, Machines, ""),
 		Volumes:    list[*v1.Volume](c, Volumes, ""),
 		Hosts:      list[*v1.Host](c, Hosts, ""),
+		Corrupt:    c.corruptKeys(),
 	}
 }

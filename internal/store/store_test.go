@@ -123,8 +123,8 @@ func TestCorruptRecordIsLeftOut(t *testing.T) {
 		if l := List[*v1.Container](s, "p"); len(l) != 2 {
 			t.Fatal(l)
 		}
-		if len(s.Corrupt()) != 1 {
-			t.Fatal(s.Corrupt())
+		if snap := s.Snapshot(); len(s.Corrupt()) != 1 || !snap.Broken(k) || !snap.Unreadable(Volumes, Containers) || snap.Unreadable(Volumes) {
+			t.Fatal(s.Corrupt(), snap.Corrupt)
 		}
 		if _, err := s.Create(ctx, container("p", "b")); !errdefs.IsDataLoss(err) {
 			t.Fatal(err)
@@ -135,8 +135,15 @@ func TestCorruptRecordIsLeftOut(t *testing.T) {
 	s.Close()
 	s = open(t, dir)
 	check(s)
+	sub := s.Subscribe(false, Containers)
+	defer sub.Close()
 	if err := s.Purge(ctx, k); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case <-sub.Ready(): // so that who waits for a complete state looks again
+	case <-time.After(time.Minute):
+		t.Fatal("nobody was told that a corrupt record went")
 	}
 	if _, err := s.Create(ctx, container("p", "b")); err != nil || len(s.Corrupt()) != 0 {
 		t.Fatal(err, s.Corrupt())

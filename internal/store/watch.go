@@ -58,6 +58,11 @@ func (s *Store) load(ctx context.Context) (int64, error) {
 			}
 		}
 	}
+	for k := range c.corrupt {
+		if !seen[k] {
+			c.set(k, nil, nil)
+		}
+	}
 	for _, it := range items {
 		if it.err != nil {
 			c.set(it.k, nil, it.err)

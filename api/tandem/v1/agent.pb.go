@@ -418,15 +418,21 @@ func (x *AgentHelloResponse) GetAppliedRevision() uint64 {
 
 // HostSpec is all that one host shall run.
 type HostSpec struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	Machines      []*MachineAssignment   `protobuf:"bytes,2,rep,name=machines,proto3" json:"machines,omitempty"`
-	Containers    []*ContainerAssignment `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
-	Volumes       []*VolumeAssignment    `protobuf:"bytes,4,rep,name=volumes,proto3" json:"volumes,omitempty"`
-	Networks      []*NetworkSpec         `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
-	Ports         []*PublishedPort       `protobuf:"bytes,6,rep,name=ports,proto3" json:"ports,omitempty"`
-	Names         []*NameRecord          `protobuf:"bytes,7,rep,name=names,proto3" json:"names,omitempty"`
-	ClusterId     string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Revision   uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Machines   []*MachineAssignment   `protobuf:"bytes,2,rep,name=machines,proto3" json:"machines,omitempty"`
+	Containers []*ContainerAssignment `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
+	Volumes    []*VolumeAssignment    `protobuf:"bytes,4,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Networks   []*NetworkSpec         `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
+	Ports      []*PublishedPort       `protobuf:"bytes,6,rep,name=ports,proto3" json:"ports,omitempty"`
+	Names      []*NameRecord          `protobuf:"bytes,7,rep,name=names,proto3" json:"names,omitempty"`
+	ClusterId  string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// deleted_volumes are ids of volumes whose data is to be removed. A volume that
+	// is neither here nor in volumes is kept: data never goes by mere absence.
+	DeletedVolumes []string `protobuf:"bytes,9,rep,name=deleted_volumes,json=deletedVolumes,proto3" json:"deleted_volumes,omitempty"`
+	// incomplete says that the server could not read some of its records: what is
+	// missing here stays as it is until a complete spec comes.
+	Incomplete    bool `protobuf:"varint,10,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -515,6 +521,20 @@ func (x *HostSpec) GetClusterId() string {
 		return x.ClusterId
 	}
 	return ""
+}
+
+func (x *HostSpec) GetDeletedVolumes() []string {
+	if x != nil {
+		return x.DeletedVolumes
+	}
+	return nil
+}
+
+func (x *HostSpec) GetIncomplete() bool {
+	if x != nil {
+		return x.Incomplete
+	}
+	return false
 }
 
 type MachineAssignment struct {
@@ -1349,9 +1369,11 @@ type HostStatus struct {
 	Events            []*Event               `protobuf:"bytes,8,rep,name=events,proto3" json:"events,omitempty"`
 	AppliedRevision   uint64                 `protobuf:"varint,9,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
 	Progress          []*Progress            `protobuf:"bytes,10,rep,name=progress,proto3" json:"progress,omitempty"` // image pulls, conversions, boots under way
-	RemovedVolumes    []string               `protobuf:"bytes,11,rep,name=removed_volumes,json=removedVolumes,proto3" json:"removed_volumes,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// removed_volumes are ids out of deleted_volumes that are gone for good; with
+	// full, all of them.
+	RemovedVolumes []string `protobuf:"bytes,11,rep,name=removed_volumes,json=removedVolumes,proto3" json:"removed_volumes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *HostStatus) Reset() {
@@ -2577,7 +2599,7 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\x12AgentHelloResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12*\n" +
 	"\x05facts\x18\x02 \x01(\v2\x14.tandem.v1.HostFactsR\x05facts\x12)\n" +
-	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\"\x87\x03\n" +
+	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\"\xd0\x03\n" +
 	"\bHostSpec\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x128\n" +
 	"\bmachines\x18\x02 \x03(\v2\x1c.tandem.v1.MachineAssignmentR\bmachines\x12>\n" +
@@ -2589,7 +2611,12 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\x05ports\x18\x06 \x03(\v2\x18.tandem.v1.PublishedPortR\x05ports\x12+\n" +
 	"\x05names\x18\a \x03(\v2\x15.tandem.v1.NameRecordR\x05names\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\b \x01(\tR\tclusterId\"\xec\x02\n" +
+	"cluster_id\x18\b \x01(\tR\tclusterId\x12'\n" +
+	"\x0fdeleted_volumes\x18\t \x03(\tR\x0edeletedVolumes\x12\x1e\n" +
+	"\n" +
+	"incomplete\x18\n" +
+	" \x01(\bR\n" +
+	"incomplete\"\xec\x02\n" +
 	"\x11MachineAssignment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +

@@ -324,7 +324,13 @@ func (h *Host) status(seen uint64, full bool) *v1.HostStatus {
 			st.Volumes = append(st.Volumes, proto.Clone(h.volumes[id]).(*v1.VolumeStatus))
 		}
 	}
-	if !full {
+	if full {
+		for _, id := range h.spec.GetDeletedVolumes() {
+			if h.volumes[id] == nil {
+				st.RemovedVolumes = append(st.RemovedVolumes, id)
+			}
+		}
+	} else {
 		for _, id := range slices.Sorted(maps.Keys(h.removed)) {
 			if g := h.removed[id]; g.version > seen {
 				switch g.kind {

@@ -41,16 +41,14 @@ func (h *Host) reconcile() {
 			h.touch(a.Id)
 		}
 	}
-	volumes := map[string]bool{}
 	for _, v := range h.spec.Volumes {
-		volumes[v.Id] = true
 		if h.volumes[v.Id] == nil {
 			h.volumes[v.Id] = &v1.VolumeStatus{Id: v.Id, Ready: true, SizeBytes: v.SizeBytes}
 			h.touch(v.Id)
 		}
 	}
-	for id := range h.volumes {
-		if !volumes[id] {
+	for _, id := range h.spec.DeletedVolumes {
+		if _, told := h.removed[id]; h.volumes[id] != nil || !told {
 			delete(h.volumes, id)
 			h.remove("volume", id)
 		}
@@ -68,11 +66,11 @@ func (h *Host) reconcile() {
 		c.a = a
 	}
 	for id, c := range h.containers {
-		c.gone = !wanted[id]
+		c.gone = !wanted[id] && (c.gone || !h.spec.Incomplete)
 	}
 	h.tick()
 	for id := range h.machines {
-		if machines[id] == nil && !h.inUse(id) {
+		if machines[id] == nil && !h.inUse(id) && !h.spec.Incomplete {
 			delete(h.machines, id)
 			h.remove("machine", id)
 		}
