@@ -3,6 +3,7 @@
 //
 //	err := files.Replace(path, data, 0o600)        // readers see the old content or the new
 //	err := files.ReplaceDurably(path, data, 0o600) // and a power cut does not undo it
+//	err := files.SyncDir(dir)                      // the same for a rename of one's own
 //
 // The content is written under another name in the same directory (Temp and a
 // random ending) and renamed. Who is killed in between leaves that file behind: it
@@ -30,7 +31,13 @@ func ReplaceDurably(path string, data []byte, mode fs.FileMode) error {
 	if err := replace(path, data, mode, true); err != nil {
 		return err
 	}
-	d, err := os.Open(filepath.Dir(path))
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir puts a directory's entries on the disk: what was made, renamed or
+// removed in it before stays so.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}

@@ -9,11 +9,13 @@ import (
 	"os"
 	"path/filepath"
 
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/files"
+	"tandem/internal/image/layerfs"
+
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
-	v1 "tandem/api/tandem/v1"
-	"tandem/internal/image/layerfs"
 )
 
 // layerSource brings a layer that the store does not have: staged into a
@@ -221,13 +223,13 @@ func (s *LocalStore) commitLayer(st *staged, image string) error {
 		if err := os.Rename(st.path, blob); err != nil {
 			return err
 		}
-		if err := syncDir(filepath.Dir(blob)); err != nil {
+		if err := files.SyncDir(filepath.Dir(blob)); err != nil {
 			return err
 		}
 	}
 	err := os.Rename(image, final)
 	if err == nil {
-		err = syncDir(filepath.Dir(final))
+		err = files.SyncDir(filepath.Dir(final))
 	}
 	if err == nil {
 		err = s.db.Update(func(tx *bolt.Tx) error { return putRecord(tx, bucketLayers, st.diffID, st.rec) })

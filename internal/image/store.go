@@ -10,11 +10,13 @@ import (
 	"sync"
 	"time"
 
+	v1 "tandem/api/tandem/v1"
+	"tandem/internal/files"
+
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
-	v1 "tandem/api/tandem/v1"
 )
 
 // LocalStore is a Store in a directory of this host:
@@ -98,7 +100,7 @@ func (s *LocalStore) openDB() error {
 			err = os.Rename(fresh, path)
 		}
 		if err == nil {
-			err = syncDir(s.dir)
+			err = files.SyncDir(s.dir)
 		}
 		if err != nil {
 			return err
@@ -244,13 +246,4 @@ func (w *workDir) release() {
 	if w.refs--; w.refs == 0 {
 		os.RemoveAll(w.path)
 	}
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tandem/internal/files"
 )
 
 // tools are the programs of e2fsprogs. They inherit the lock: as long as one that
@@ -101,7 +103,7 @@ func (s *LocalStore) create(ctx context.Context, id string, size int64, scratch 
 	if scratch {
 		return nil
 	}
-	return syncDir(filepath.Join(s.dir, "disks"))
+	return files.SyncDir(filepath.Join(s.dir, "disks"))
 }
 
 func (s *LocalStore) room() error {
@@ -203,7 +205,7 @@ func (s *LocalStore) grow(ctx context.Context, v Volume, size int64, scratch boo
 	if err := os.WriteFile(s.markPath(v.ID), nil, 0o600); err != nil {
 		return err
 	}
-	if err := syncDir(filepath.Dir(s.markPath(v.ID))); err != nil {
+	if err := files.SyncDir(filepath.Dir(s.markPath(v.ID))); err != nil {
 		return err
 	}
 	// 1: errors corrected, also those of a machine that was cut off.

@@ -17,6 +17,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tandem/internal/files"
 )
 
 const (
@@ -279,14 +281,5 @@ func (s *LocalStore) Remove(ctx context.Context, id string) error {
 			return fmt.Errorf("volume %s: %w", id, err)
 		}
 	}
-	return syncDir(filepath.Join(s.dir, "disks"))
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
+	return files.SyncDir(filepath.Join(s.dir, "disks"))
 }

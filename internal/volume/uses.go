@@ -10,6 +10,8 @@ import (
 	"regexp"
 
 	"github.com/containerd/errdefs"
+
+	"tandem/internal/files"
 )
 
 // A use is a file named as its disk; its content is the holder's id.
@@ -72,7 +74,7 @@ func (s *LocalStore) writeUse(id, holder string) error {
 	if err := os.Rename(f.Name(), s.usePath(id)); err != nil {
 		return err
 	}
-	return syncDir(filepath.Join(s.dir, "uses"))
+	return files.SyncDir(filepath.Join(s.dir, "uses"))
 }
 
 // Unuse implements Store. A disk that holder does not have is no error, unless
@@ -93,5 +95,5 @@ func (s *LocalStore) Unuse(ctx context.Context, id, holder string) error {
 	if err := os.Remove(s.usePath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("volume %s: %w", id, err)
 	}
-	return syncDir(filepath.Join(s.dir, "uses"))
+	return files.SyncDir(filepath.Join(s.dir, "uses"))
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"tandem/internal/files"
 	"tandem/internal/hypervisor/qmp"
 )
 
@@ -188,7 +189,7 @@ func (d *Driver) saveTemplate(ctx context.Context, m *machine, q *qmp.Client, na
 	if err := os.Rename(tmp, d.templateDir(name)); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(tmp))
+	return files.SyncDir(filepath.Dir(tmp))
 }
 
 // outgoing writes the state of the machine, all but its shared memory, to a file.
@@ -426,13 +427,4 @@ func sum(f *os.File) (int64, string, error) {
 		err = fmt.Errorf("%s: longer than %d MiB", f.Name(), maxState/mib)
 	}
 	return n, hex.EncodeToString(h.Sum(nil)), err
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }
