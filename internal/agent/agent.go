@@ -82,7 +82,7 @@ func (a *Agent) load() (err error) {
 	a.templates = newTemplates(a)
 	a.volumes = newVolumeKeeper(a)
 	if a.o.Metal != nil {
-		a.metal = newKernel("", a.o.Clock, a.log, a.metalDisks(), a.hasContainer)
+		a.metal = newKernel("", a.o.Clock, a.log, a.metalDisks(), a.belongs)
 		a.metal.disks.session = func() *session { return a.metal.observe("").sess }
 	}
 	b, err := a.state.read("cluster-id")
@@ -328,6 +328,19 @@ func (a *Agent) hasContainer(id string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.containers[id] != nil
+}
+
+// belongs says that a container that a runtime has is to be there. What is being
+// removed is not: when its kernel could not be talked to meanwhile, the kernel's
+// next session deletes it.
+func (a *Agent) belongs(id string) bool {
+	a.mu.Lock()
+	c, incomplete := a.containers[id], a.spec.GetIncomplete()
+	a.mu.Unlock()
+	if c == nil {
+		return incomplete
+	}
+	return !c.leaving.Load()
 }
 
 func (a *Agent) pokeMachine(id string) {

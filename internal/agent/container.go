@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -35,6 +36,8 @@ type container struct {
 	interrupt context.CancelFunc      // ends what may be given up when want changes
 	results   []probeOf               // of health checks, not yet judged
 	place     string                  // machine that it is in, for calls from outside
+
+	leaving atomic.Bool // it is being removed
 
 	// The rest belongs to the actor's goroutine.
 	rec       *containerRecord
@@ -187,6 +190,7 @@ func (c *container) session() *session {
 // reconcile is one step towards want.
 func (c *container) reconcile(ctx, soft context.Context, want *v1.ContainerAssignment, results []probeOf) (time.Duration, error) {
 	c.phase = v1.ContainerState_CONTAINER_STATE_UNSPECIFIED
+	c.leaving.Store(false)
 	fixed, live := hashes(want)
 	if c.rec == nil {
 		c.rec = &containerRecord{RestartGen: want.RestartGeneration, CreatedAt: c.a.o.Clock.Now()}

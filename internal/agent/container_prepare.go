@@ -44,7 +44,7 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 	if err := c.k.disks.mountAll(call, o.sess, c.id); err != nil {
 		return err
 	}
-	if o.st == nil {
+	if o.st == nil || r.Anew && !r.Running {
 		if err := c.create(call, want, o.sess, live); err != nil {
 			return err
 		}
@@ -191,6 +191,7 @@ func (c *container) create(ctx context.Context, want *v1.ContainerAssignment, se
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
+	r.Anew = false
 	c.k.created(c.id)
 	c.event("create")
 	return nil

@@ -58,7 +58,7 @@ func (c *container) replace(ctx context.Context, want *v1.ContainerAssignment) e
 		return err
 	}
 	old := c.rec
-	c.rec = &containerRecord{Name: old.Name, Project: old.Project, Volumes: old.Volumes, RestartGen: want.RestartGeneration,
+	c.rec = &containerRecord{Name: old.Name, Project: old.Project, Volumes: old.Volumes, Anew: true, RestartGen: want.RestartGeneration,
 		CreatedAt: c.a.o.Clock.Now(), Run: old.Run}
 	c.prep, c.startedIn = nil, nil
 	c.save()
@@ -68,6 +68,7 @@ func (c *container) replace(ctx context.Context, want *v1.ContainerAssignment) e
 // remove makes the container and everything that was made for it be gone.
 func (c *container) remove(ctx context.Context) error {
 	c.phase = v1.ContainerState_CONTAINER_STATE_REMOVING
+	c.leaving.Store(true) // before dismantle looks at the kernel: see belongs
 	if c.rec == nil {
 		c.rec = &containerRecord{}
 	}

@@ -200,6 +200,8 @@ type fakeNetwork struct {
 	w     *world
 	mu    sync.Mutex
 	state *network.State
+	err   error // what Apply returns
+	calls int
 }
 
 func (f *fakeNetwork) Apply(ctx context.Context, s *network.State) error {
@@ -209,7 +211,8 @@ func (f *fakeNetwork) Apply(ctx context.Context, s *network.State) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.state = s
-	return nil
+	f.calls++
+	return f.err
 }
 
 func (f *fakeNetwork) TapName(id string) string { return "t" + id }

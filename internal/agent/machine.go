@@ -69,7 +69,7 @@ func newMachine(a *Agent, id string, rec *machineRecord) *machine {
 		use:    func(ctx context.Context, vol string) error { return a.o.Volumes.Use(ctx, vol, id) },
 		unuse:  func(ctx context.Context, vol string) error { return a.o.Volumes.Unuse(ctx, vol, id) },
 	}
-	m.kernel = newKernel(id, a.o.Clock, a.log, d, a.hasContainer)
+	m.kernel = newKernel(id, a.o.Clock, a.log, d, a.belongs)
 	d.session = func() *session { return m.kernel.observe("").sess }
 	return m
 }

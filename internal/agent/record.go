@@ -21,6 +21,7 @@ type containerRecord struct {
 	Fixed   string `json:"fixed,omitempty"`   // hash of what can't change while it exists
 	Live    string `json:"live,omitempty"`    // hash of the limits that it has now
 	Made    bool   `json:"made,omitempty"`    // Create was called, or is about to be
+	Anew    bool   `json:"anew,omitempty"`    // what a runtime may still have of it is of an earlier spec
 
 	Image     string      `json:"image,omitempty"` // id
 	Disks     []disk      `json:"disks,omitempty"`

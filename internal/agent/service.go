@@ -196,8 +196,13 @@ func (s service) Logs(ctx context.Context, r *connect.Request[v1.LogOptions], ou
 }
 
 func (s service) Doctor(ctx context.Context, _ *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {
-	if s.a.o.Doctor == nil {
-		return connect.NewResponse(&v1.DoctorResponse{}), nil
+	out := &v1.DoctorResponse{}
+	if s.a.o.Doctor != nil {
+		out.Findings = s.a.o.Doctor(ctx)
 	}
-	return connect.NewResponse(&v1.DoctorResponse{Findings: s.a.o.Doctor(ctx)}), nil
+	if err := s.a.net.degraded(); err != nil {
+		out.Findings = append(out.Findings, &v1.Finding{Code: "network-degraded", Severity: "error", Title: "the network is not whole",
+			Detail: cut(err.Error(), 2048), Remedy: "free the port, or publish another; it is tried again by itself"})
+	}
+	return connect.NewResponse(out), nil
 }
