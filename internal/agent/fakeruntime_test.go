@@ -25,7 +25,6 @@ type fakeRuntime struct {
 	probe   func() int // exit code of exec
 	dead    bool
 	creates int
-	frozen  chan struct{}
 }
 
 type fakeContainer struct {

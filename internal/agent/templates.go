@@ -31,7 +31,6 @@ type templates struct {
 	making string        // name
 	began  time.Time     // of making
 	done   chan struct{} // closed when making ends
-	fails  int
 	took   time.Duration // a cold boot's, measured or guessed
 	kicked chan struct{}
 }

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -215,11 +214,6 @@ func call[Req, Res any](t *testing.T, f func(context.Context, *connect.Request[R
 	return res.Msg
 }
 
-func (v *vm) console() string {
-	b, _ := os.ReadFile(v.file("console"))
-	return string(b)
-}
-
 // eventually polls until ok.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
@@ -231,7 +225,3 @@ func eventually(t *testing.T, what string, ok func() bool) {
 		time.Sleep(20 * time.Millisecond)
 	}
 }
-
-func trimmed(b []byte) string { return strings.TrimSpace(string(b)) }
-
-var _ = fmt.Sprint

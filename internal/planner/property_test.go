@@ -41,11 +41,10 @@ func TestPlansKeepAllRules(t *testing.T) {
 }
 
 type run struct {
-	t       *rapid.T
-	s       *planner.State
-	w       *world
-	n       int
-	stopped int
+	t *rapid.T
+	s *planner.State
+	w *world
+	n int
 }
 
 func (x *run) ok(err error) {

@@ -234,7 +234,7 @@ func TestWatchFromRevision(t *testing.T) {
 	s.Create(ctx, a)
 	s.Create(ctx, &v1.Project{Meta: &v1.Meta{Name: "p"}})
 	s.Delete(ctx, a)
-	ch, errs := s.Watch(ctx, from, Containers)
+	ch, _ := s.Watch(ctx, from, Containers)
 	c := <-ch
 	if c.New == nil || c.Key.Name != "a" {
 		t.Fatal(c)
@@ -245,7 +245,7 @@ func TestWatchFromRevision(t *testing.T) {
 	if _, err := s.client.Compact(ctx, int64(s.Revision())); err != nil {
 		t.Fatal(err)
 	}
-	ch, errs = s.Watch(ctx, from)
+	ch, errs := s.Watch(ctx, from)
 	for range ch {
 	}
 	if err := <-errs; !errdefs.IsOutOfRange(err) {

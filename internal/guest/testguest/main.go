@@ -113,7 +113,7 @@ func do(args []string) (string, error) {
 		n, _ := strconv.Atoi(a[0])
 		for range n {
 			go func() {
-				for {
+				for n := 0; ; n++ {
 				}
 			}()
 		}
