@@ -123,8 +123,8 @@ var runcOnce struct {
 	err  error
 }
 
-// Runc finds the OCI runtime: $TANDEM_RUNC, /tmp/runc, or one built from
-// build/runc into the user's cache.
+// Runc finds the OCI runtime: $TANDEM_RUNC, the one that make built (in
+// $TANDEM_LIB_DIR or bin/), or one built from build/runc into the user's cache.
 func Runc(t testing.TB) string {
 	t.Helper()
 	runcOnce.Do(func() { runcOnce.path, runcOnce.err = findRunc() })
@@ -140,17 +140,21 @@ func findRunc() (string, error) {
 		cache = os.TempDir()
 	}
 	built := filepath.Join(cache, "tandem-test", "runc")
-	for _, p := range []string{os.Getenv("TANDEM_RUNC"), "/tmp/runc", built} {
-		if p == "" {
+	candidates := []string{os.Getenv("TANDEM_RUNC"), filepath.Join(os.Getenv("TANDEM_LIB_DIR"), "runc"), "", built}
+	root, noTree := moduleRoot()
+	if noTree == nil {
+		candidates[2] = filepath.Join(root, "bin", "runc")
+	}
+	for _, p := range candidates {
+		if !filepath.IsAbs(p) {
 			continue
 		}
 		if out, err := exec.Command(p, "--version").Output(); err == nil && strings.HasPrefix(string(out), "runc version") {
 			return p, nil
 		}
 	}
-	root, err := moduleRoot()
-	if err != nil {
-		return "", err
+	if noTree != nil {
+		return "", noTree
 	}
 	if err := os.MkdirAll(filepath.Dir(built), 0o755); err != nil {
 		return "", err
