@@ -247,7 +247,7 @@ func TestProjectsAreApart(t *testing.T) {
 	h := host.New(t)
 	h.Launch()
 	h.Images()
-	text := "services:\n  a: {image: 'httpd:latest'}\n  b: {image: 'httpd:latest', command: [sleep, '100000'], stop_grace_period: 1s}\n"
+	text := "services:\n  a: {image: 'httpd:latest'}\n  b: {image: 'busybox:latest', command: [sleep, '100000'], stop_grace_period: 1s}\n"
 	for _, p := range []string{"red", "blue"} {
 		h.Tandem("up", "-f", h.Compose(p, "name: "+p+"\n"+text))
 	}
@@ -263,7 +263,7 @@ func TestProjectsAreApart(t *testing.T) {
 		return err
 	}
 	// busybox's nslookup asks the name server itself; its wget, linked statically,
-	// can't use the C library's resolver in an image with another one.
+	// can't use the C library's resolver.
 	resolves := func(project, name string) error {
 		out, err := in(project, "nslookup", name)
 		if err == nil && !strings.Contains(out, red.Assignment.IP) {
