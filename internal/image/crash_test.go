@@ -254,7 +254,7 @@ func TestDamagedBlobIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(s.blobPath(l.Blob), make([]byte, l.BlobSize), 0o600); err != nil {
-		t.Fatal(err)
+		t.Fatalf("write over a read-only blob (this needs root): %v", err)
 	}
 	if err := s.Save(ctx, io.Discard, []string{"app:1"}, "docker"); err == nil {
 		t.Error("a damaged layer was saved")
@@ -280,7 +280,7 @@ func TestDiskFull(t *testing.T) {
 	for _, kib := range []int{600, 900, 1400, 2000, 2600, 3200, 3600, 4200, 6000} {
 		dir := t.TempDir()
 		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%dk", kib)); err != nil {
-			t.Fatalf("mount tmpfs: %v", err)
+			t.Fatalf("mount tmpfs (this needs root): %v", err)
 		}
 		t.Cleanup(func() {
 			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
@@ -324,7 +324,7 @@ func TestDiskFull(t *testing.T) {
 func TestReadOnlyDirectory(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_RDONLY, ""); err != nil {
-		t.Fatal(err)
+		t.Fatalf("mount tmpfs (this needs root): %v", err)
 	}
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), dir) {

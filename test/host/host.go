@@ -69,7 +69,7 @@ func New(t testing.TB) *Host {
 		t.Fatal(err)
 	}
 	if err := h.init.Start(); err != nil {
-		t.Fatalf("namespaces: %v", err)
+		t.Fatalf("make namespaces (this needs root): %v", err)
 	}
 	line := make([]byte, 6)
 	if _, err := io.ReadFull(out, line); err != nil {

@@ -100,7 +100,7 @@ func mount(t testing.TB, image string) string {
 	dir := t.TempDir()
 	out, err := exec.Command("mount", "-t", "ext4", "-o", "loop,ro", image, dir).CombinedOutput()
 	if err != nil {
-		t.Fatalf("mount: %v: %s", err, out)
+		t.Fatalf("mount (this needs root): %v: %s", err, out)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
