@@ -119,7 +119,9 @@ func TestIncompleteIntentRemovesNothing(t *testing.T) {
 		r.start()
 		r.apply()
 		time.Sleep(10 * time.Minute)
-		if r.peek(func() bool { return len(r.w.drv.ms) != 2 || len(r.w.rt.cs) != 1 || r.w.drv.ms["m-2"].rt.cs["c-2"] == nil }) {
+		if r.peek(func() bool {
+			return len(r.w.drv.ms) != 2 || len(r.w.rt.cs) != 1 || r.w.drv.ms["m-2"].rt.cs["c-2"] == nil
+		}) {
 			t.Fatal("something went without memory")
 		}
 

@@ -66,6 +66,7 @@ type Controller struct {
 	tombs  tombs
 	// again wakes controllers for reasons that are no change of a record.
 	again map[string]chan struct{}
+	begun chan struct{} // closed by Run: agents may come
 }
 
 // New makes the controllers; Run starts them.
@@ -107,17 +108,21 @@ func New(o Options) (*Controller, error) {
 	c := &Controller{opts: o, store: o.Store, log: o.Logger, clock: o.Clock, Events: newEvents(o.Events)}
 	c.Hosts = newHosts(c)
 	c.plan = newPlanState(c)
-	c.again = map[string]chan struct{}{}
+	c.again, c.begun = map[string]chan struct{}{}, make(chan struct{})
 	for _, n := range []string{"deploy", "place", "trim", "collect"} {
 		c.again[n] = make(chan struct{}, 1)
 	}
 	return c, nil
 }
 
-// Run runs the controllers until ctx ends or the store fails.
+// Run, called once, runs the controllers until ctx ends or the store fails.
 func (c *Controller) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if err := c.forgetConnections(ctx); err != nil {
+		c.log.Warn("hosts may be said to be connected that are not", "err", err)
+	}
+	close(c.begun)
 	var wg sync.WaitGroup
 	run := func(name string, fn func(context.Context) (time.Duration, error), kinds ...store.Kind) {
 		wg.Go(func() { c.loop(ctx, name, fn, kinds...) })

@@ -29,6 +29,7 @@ type Hosts struct {
 	sessions map[string]*session // by host id
 	progress map[string]*v1.Progress
 	moved    chan struct{} // closed and renewed on progress
+	joined   chan struct{} // closed and renewed when a host connects
 	seq      uint64
 	steps    []step
 	since    time.Time
@@ -43,7 +44,7 @@ type step struct {
 }
 
 func newHosts(c *Controller) *Hosts {
-	return &Hosts{c: c, sessions: map[string]*session{}, progress: map[string]*v1.Progress{}, moved: make(chan struct{}), since: c.clock.Now(),
+	return &Hosts{c: c, sessions: map[string]*session{}, progress: map[string]*v1.Progress{}, moved: make(chan struct{}), joined: make(chan struct{}), since: c.clock.Now(),
 		machines: map[string]*v1.MachineStatus{}, volumes: map[string]*v1.VolumeStatus{}}
 }
 
@@ -70,11 +71,16 @@ type session struct {
 
 var hostNameBad = regexp.MustCompile(`[^a-zA-Z0-9_.-]+`)
 
-// Serve works with one agent until its connection breaks or ctx ends. A second
+// Serve works with one agent, once Run has begun, until its connection breaks or ctx ends. A second
 // connection of the same host ends the first.
 func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1connect.AgentServiceClient) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	select {
+	case <-c.begun:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	hctx, hcancel := context.WithTimeout(ctx, 30*time.Second)
 	res, err := client.Hello(hctx, connect.NewRequest(&v1.AgentHelloRequest{Protocol: ProtocolVersion, ClusterId: c.store.ClusterID()}))
 	hcancel()
@@ -109,6 +115,8 @@ func (h *Hosts) enter(s *session) {
 	h.mu.Lock()
 	old := h.sessions[s.hostID]
 	h.sessions[s.hostID] = s
+	close(h.joined)
+	h.joined = make(chan struct{})
 	h.mu.Unlock()
 	if old != nil {
 		old.cancel()
@@ -168,6 +176,47 @@ func (h *Hosts) Client(hostID string) (tandemv1connect.AgentServiceClient, error
 		name = r.Meta.Name
 	}
 	return nil, fmt.Errorf("host %s is not connected: check that its agent runs: %w", name, errdefs.ErrUnavailable)
+}
+
+// Await is Client for a caller that can wait: an agent that is away (the server was
+// just started, or the connection broke) is given d to connect.
+func (h *Hosts) Await(ctx context.Context, hostID string, d time.Duration) (tandemv1connect.AgentServiceClient, error) {
+	limit := time.NewTimer(d)
+	defer limit.Stop()
+	for {
+		h.mu.Lock()
+		joined := h.joined
+		h.mu.Unlock()
+		client, err := h.Client(hostID)
+		if err == nil {
+			return client, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-limit.C:
+			return nil, err
+		case <-joined:
+		}
+	}
+}
+
+// forgetConnections marks all hosts as not connected: whether they are is seen by
+// this process, and it has seen nothing yet.
+func (c *Controller) forgetConnections(ctx context.Context) error {
+	for _, r := range store.List[*v1.Host](c.store, "") {
+		err := retry(ctx, func() error {
+			_, err := store.Update(ctx, c.store, store.KeyOf(r), func(r *v1.Host) error {
+				r.Connected = false
+				return nil
+			})
+			return err
+		})
+		if err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("host %s: %w", r.Meta.Name, err)
+		}
+	}
+	return nil
 }
 
 // Connected lists the ids of connected hosts, sorted.
@@ -324,22 +373,27 @@ func (h *Hosts) forget(id string) {
 // grace time.
 func (h *Hosts) watchLost(ctx context.Context) {
 	c := h.c
-	away := map[string]time.Time{}
+	away, lost := map[string]time.Time{}, map[string]bool{}
 	for {
 		now := c.clock.Now()
 		for _, r := range store.List[*v1.Host](c.store, "") {
 			h.mu.Lock()
 			here := h.sessions[r.Meta.Id] != nil
 			h.mu.Unlock()
-			if here || !r.Connected {
+			if here {
 				delete(away, r.Meta.Id)
+				delete(lost, r.Meta.Id)
+			}
+			if here || lost[r.Meta.Id] && !r.Connected {
 				continue
 			}
 			if _, ok := away[r.Meta.Id]; !ok {
 				away[r.Meta.Id] = now
 			}
 			if now.Sub(away[r.Meta.Id]) >= c.opts.HostGrace {
-				if err := c.lost(ctx, r, away[r.Meta.Id]); err != nil && ctx.Err() == nil && !errdefs.IsConflict(err) {
+				err := c.lost(ctx, r, away[r.Meta.Id])
+				lost[r.Meta.Id] = err == nil
+				if err != nil && ctx.Err() == nil && !errdefs.IsConflict(err) {
 					c.log.Warn("host could not be marked as lost", "host", r.Meta.Name, "err", err)
 				}
 			}
@@ -357,9 +411,11 @@ func (h *Hosts) watchLost(ctx context.Context) {
 func (c *Controller) lost(ctx context.Context, h *v1.Host, since time.Time) error {
 	snap := c.store.Snapshot()
 	tx := c.store.Txn()
-	h = clone(h)
-	h.Connected, h.LastSeen = false, stamp(since)
-	tx.Update(h)
+	if h.Connected {
+		h = clone(h)
+		h.Connected, h.LastSeen = false, stamp(since)
+		tx.Update(h)
+	}
 	msg := "host " + h.Meta.Name + " does not answer"
 	for _, x := range snap.Containers {
 		if x.GetAssignment().GetHostId() == h.Meta.Id && x.GetStatus().GetState() != v1.ContainerState_CONTAINER_STATE_UNKNOWN {

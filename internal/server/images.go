@@ -33,7 +33,7 @@ func (s *Server) targets(ctx context.Context, word string) ([]target, error) {
 		if err != nil {
 			return nil, err
 		}
-		c, err := s.ctl.Hosts.Client(h.Meta.Id)
+		c, err := s.ctl.Hosts.Await(ctx, h.Meta.Id, hostPatience)
 		if err != nil {
 			return nil, err
 		}

@@ -259,7 +259,7 @@ func (k *machines) Console(ctx context.Context, in *bidiIn) error {
 	if err != nil {
 		return err
 	}
-	agent, err := k.s.ctl.Hosts.Client(m.HostId)
+	agent, err := k.s.ctl.Hosts.Await(ctx, m.HostId, hostPatience)
 	if err != nil {
 		return err
 	}

@@ -26,7 +26,7 @@ func (k *containers) Stats(ctx context.Context, req *connect.Request[v1.StatsReq
 				return err
 			}
 		}
-		rows := s.usage(ctx, cs, r.Machines)
+		rows := s.usage(ctx, cs, r.Machines, first)
 		for _, row := range rows {
 			if b := before[row.Id]; b != nil {
 				row.CpuPercent = percent(b, row.Usage)
@@ -38,7 +38,7 @@ func (k *containers) Stats(ctx context.Context, req *connect.Request[v1.StatsReq
 			if err := sleep(ctx, 300*time.Millisecond); err != nil {
 				return err
 			}
-			rows = s.usage(ctx, cs, r.Machines)
+			rows = s.usage(ctx, cs, r.Machines, false)
 			for _, row := range rows {
 				row.CpuPercent = percent(before[row.Id], row.Usage)
 			}
@@ -75,8 +75,9 @@ func percent(a, b *v1.Usage) float64 {
 	return float64(b.CpuUsageNs-a.CpuUsageNs) / float64(dt) * 100
 }
 
-// usage asks all hosts at once; one that does not answer is left out.
-func (s *Server) usage(ctx context.Context, cs []*v1.Container, machines bool) []*v1.StatsRow {
+// usage asks all hosts at once; one that does not answer is left out. With patient
+// those that are away are waited for.
+func (s *Server) usage(ctx context.Context, cs []*v1.Container, machines, patient bool) []*v1.StatsRow {
 	byHost := map[string][]string{}
 	byID := map[string]*v1.Container{}
 	for _, c := range cs {
@@ -98,11 +99,15 @@ func (s *Server) usage(ctx context.Context, cs []*v1.Container, machines bool) [
 	var rows []*v1.StatsRow
 	var wg sync.WaitGroup
 	for host, ids := range byHost {
-		agent, err := s.ctl.Hosts.Client(host)
-		if err != nil {
-			continue
-		}
 		wg.Go(func() {
+			patience := time.Duration(0)
+			if patient {
+				patience = hostPatience
+			}
+			agent, err := s.ctl.Hosts.Await(ctx, host, patience)
+			if err != nil {
+				return
+			}
 			actx, cancel := context.WithTimeout(ctx, 10*time.Second)
 			defer cancel()
 			res, err := agent.Stats(actx, connect.NewRequest(&v1.AgentStatsRequest{ContainerIds: ids, All: machines}))

@@ -26,8 +26,46 @@ type (
 // maxFollowed bounds how many logs one call merges.
 const maxFollowed = 1000
 
+// hostPatience is how long an agent that is away is waited for: it connects again
+// within seconds of a restart of the server.
+const hostPatience = 5 * time.Second
+
+// reach waits for a container's agent when that is away, and for what it then says
+// of the container: so a call just after a restart of the server finds it as it is.
+func (s *Server) reach(ctx context.Context, c *v1.Container) (*v1.Container, error) {
+	host := c.GetAssignment().GetHostId()
+	if host == "" {
+		return c, nil
+	}
+	limit := time.NewTimer(hostPatience)
+	defer limit.Stop()
+	if _, err := s.ctl.Hosts.Await(ctx, host, hostPatience); err != nil {
+		return c, err
+	}
+	for c.GetStatus().GetState() == v1.ContainerState_CONTAINER_STATE_UNKNOWN {
+		_, changed := s.store.Changed()
+		n, err := store.ByID[*v1.Container](s.store, store.Containers, c.Meta.Id)
+		if err != nil {
+			return nil, fmt.Errorf("container %s was removed: %w", c.Meta.Name, errdefs.ErrNotFound)
+		}
+		if c = n; c.GetStatus().GetState() != v1.ContainerState_CONTAINER_STATE_UNKNOWN {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-s.store.Failed():
+			return nil, s.store.Err()
+		case <-limit.C:
+			return c, nil
+		case <-changed:
+		}
+	}
+	return c, nil
+}
+
 // agentOf reaches the agent of a container that is placed.
-func (s *Server) agentOf(c *v1.Container) (tandemv1connect.AgentServiceClient, error) {
+func (s *Server) agentOf(ctx context.Context, c *v1.Container) (tandemv1connect.AgentServiceClient, error) {
 	host := c.GetAssignment().GetHostId()
 	if host == "" {
 		why := c.GetStatus().GetMessage()
@@ -36,7 +74,7 @@ func (s *Server) agentOf(c *v1.Container) (tandemv1connect.AgentServiceClient, e
 		}
 		return nil, fmt.Errorf("container %s runs nowhere: %s: %w", c.Meta.Name, why, errdefs.ErrFailedPrecondition)
 	}
-	return s.ctl.Hosts.Client(host)
+	return s.ctl.Hosts.Await(ctx, host, hostPatience)
 }
 
 // proxy joins a client's stream with an agent's, until the agent's ends. first is
@@ -91,6 +129,9 @@ func (k *containers) Exec(ctx context.Context, in *bidiIn) error {
 	if err != nil {
 		return err
 	}
+	if c, err = k.s.reach(ctx, c); err != nil {
+		return err
+	}
 	switch c.GetStatus().GetState() {
 	case v1.ContainerState_CONTAINER_STATE_RUNNING:
 	case v1.ContainerState_CONTAINER_STATE_PAUSED:
@@ -98,7 +139,7 @@ func (k *containers) Exec(ctx context.Context, in *bidiIn) error {
 	default:
 		return fmt.Errorf("container %s is %s, not running: %w", c.Meta.Name, stateWord(c), errdefs.ErrFailedPrecondition)
 	}
-	agent, err := k.s.agentOf(c)
+	agent, err := k.s.agentOf(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -125,11 +166,14 @@ func (k *containers) Attach(ctx context.Context, in *bidiIn) error {
 	}
 	release := s.ctl.Hold(c.Meta.Id)
 	defer release()
+	if c, err = s.reach(ctx, c); err != nil {
+		return err
+	}
 	c, waited, err := s.waitCreated(ctx, c)
 	if err != nil {
 		return err
 	}
-	agent, err := s.agentOf(c)
+	agent, err := s.agentOf(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -280,7 +324,7 @@ func (s *Server) logs(ctx context.Context, c *v1.Container, o *v1.LogOptions, se
 }
 
 func (s *Server) stream(ctx context.Context, c *v1.Container, o *v1.LogOptions, send func(*v1.LogEntry) error) (last *v1.LogEntry, err error) {
-	agent, err := s.agentOf(c)
+	agent, err := s.agentOf(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -308,7 +352,7 @@ func (k *containers) Top(ctx context.Context, req *connect.Request[v1.ContainerR
 	if err != nil {
 		return nil, err
 	}
-	agent, err := k.s.agentOf(c)
+	agent, err := k.s.agentOf(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -333,13 +377,16 @@ func (k *containers) Kill(ctx context.Context, req *connect.Request[v1.KillConta
 		return nil, fmt.Errorf("no container named: %w", errdefs.ErrInvalidArgument)
 	}
 	for _, c := range cs {
+		if c, err = s.reach(ctx, c); err != nil {
+			return nil, err
+		}
 		if st := c.GetStatus().GetState(); st != v1.ContainerState_CONTAINER_STATE_RUNNING && st != v1.ContainerState_CONTAINER_STATE_PAUSED {
 			if len(r.GetSelector().GetContainers()) == 0 {
 				continue
 			}
 			return nil, fmt.Errorf("container %s is %s, not running: %w", c.Meta.Name, stateWord(c), errdefs.ErrFailedPrecondition)
 		}
-		agent, err := s.agentOf(c)
+		agent, err := s.agentOf(ctx, c)
 		if err != nil {
 			return nil, err
 		}
