@@ -259,7 +259,7 @@ func TestProjectsAreApart(t *testing.T) {
 		return h.TryFor(2*time.Minute, "", append([]string{"exec", "--project-name", project, "b"}, args...)...)
 	}
 	get := func(project, ip string) error {
-		_, err := in(project, "wget", "-q", "-T", "5", "-O", "-", "http://"+ip+"/")
+		_, err := in(project, "timeout", "10", "wget", "-q", "-O", "-", "http://"+ip+"/")
 		return err
 	}
 	// busybox's nslookup asks the name server itself; its wget, linked statically,
