@@ -1,9 +1,10 @@
 package oci
 
 import (
+	"errors"
 	"fmt"
 	"io"
-	"os"
+	"io/fs"
 	"slices"
 	"strconv"
 	"strings"
@@ -108,7 +109,7 @@ type account struct {
 // of it. Without the file the reader is empty.
 func rootFile(root, name string) (io.ReadCloser, error) {
 	h, err := securejoin.OpenInRoot(root, name)
-	if os.IsNotExist(err) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return io.NopCloser(strings.NewReader("")), nil
 	}
 	if err != nil {

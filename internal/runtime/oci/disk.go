@@ -232,24 +232,40 @@ func usesDisk(s *v1.RuntimeSpec, id string) bool {
 	return false
 }
 
-// findDisk waits for the block device with a serial number.
+// findDisk waits for the block device with a serial number, and until it can be
+// opened: a disk that was just attached is there a moment before it can be.
 func findDisk(ctx context.Context, serial string, timeout time.Duration) (string, error) {
 	if len(serial) > 64 {
 		return "", fmt.Errorf("disk serial %q: %w", serial, errdefs.ErrInvalidArgument)
 	}
 	deadline := time.Now().Add(timeout)
 	for wait := 2 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		var last error
 		if dev := lookForDisk(serial); dev != "" {
-			return dev, nil
+			if last = opens(dev); last == nil {
+				return dev, nil
+			}
 		}
 		if ctx.Err() != nil {
 			return "", fmt.Errorf("disk with serial %s: %w", serial, ctx.Err())
+		}
+		if time.Now().After(deadline) && last != nil {
+			return "", fmt.Errorf("the disk with serial %s can't be opened after %v: %w", serial, timeout, last)
 		}
 		if time.Now().After(deadline) {
 			return "", fmt.Errorf("no disk with serial %s appeared within %v: %w", serial, timeout, errdefs.ErrNotFound)
 		}
 		time.Sleep(wait)
 	}
+}
+
+// opens says whether a device, or what stands behind its node, is ready.
+func opens(dev string) error {
+	f, err := os.OpenFile(dev, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 func lookForDisk(serial string) string {
