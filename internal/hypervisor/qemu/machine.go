@@ -183,7 +183,7 @@ func (m *machine) hangUp() {
 func (m *machine) limits(memory int64, cpus int) limits {
 	l := limits{memory: memory + vmmMemory, shares: 1024 * cpus, pids: m.spec.Ceiling.CPUs + 160}
 	if m.d.host.accel == "tcg" {
-		l.memory += m.d.opt.TranslationCache
+		l.memory += m.d.cacheSize(m.spec.Ceiling.CPUs)
 	}
 	return l
 }

@@ -96,9 +96,14 @@ func testLog(t testing.TB) *slog.Logger { return slog.New(slog.NewTextHandler(t.
 // open makes a driver in dir that is closed at the end, with all its machines gone.
 func open(t testing.TB, dir string) *Driver {
 	t.Helper()
+	return openWith(t, options(dir, testLog(t)))
+}
+
+func openWith(t testing.TB, o Options) *Driver {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	d, err := New(ctx, options(dir, testLog(t)))
+	d, err := New(ctx, o)
 	if err != nil {
 		t.Fatal(err)
 	}

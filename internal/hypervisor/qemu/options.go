@@ -42,7 +42,8 @@ type Options struct {
 	// default is derived from StateDir.
 	CgroupParent string
 	// TranslationCache is the size in bytes of TCG's cache of translated code;
-	// 0 means 64 MiB. It fills as the guest runs more code.
+	// 0 means 256 MiB. It fills as the guest runs more code. A machine that may
+	// have many CPUs gets at least 16 MiB for each.
 	TranslationCache int64
 	// ConsoleLog bounds the console log in bytes; 0 means 4 MiB.
 	ConsoleLog int64
@@ -102,7 +103,7 @@ func (o *Options) fill() error {
 		o.Accel = "auto"
 	}
 	if o.TranslationCache == 0 {
-		o.TranslationCache = 64 * mib
+		o.TranslationCache = tcgCache
 	}
 	if o.ConsoleLog == 0 {
 		o.ConsoleLog = 4 * mib

@@ -65,7 +65,7 @@ func (m *machine) resize(ctx context.Context, q *qmp.Client, want hypervisor.Siz
 	if got.Memory, err = setMemory(ctx, q, now.Memory, want.Memory); err != nil {
 		errs = append(errs, err)
 	}
-	if got.CPUs, err = setCPUs(ctx, q, want.CPUs); err != nil {
+	if got.CPUs, err = m.setCPUs(ctx, q, want.CPUs); err != nil {
 		errs = append(errs, err)
 	}
 	// Look again: also after an error the size is what it is.
@@ -145,8 +145,9 @@ func queryCPUs(ctx context.Context, q *qmp.Client) ([]cpuSlot, error) {
 }
 
 // setCPUs plugs or unplugs until there are want; a guest that keeps a CPU longer
-// than unplugPatience ends it without error.
-func setCPUs(ctx context.Context, q *qmp.Client, want int) (int, error) {
+// than unplugPatience ends it without error, and so does a translator that has no
+// room for another CPU now.
+func (m *machine) setCPUs(ctx context.Context, q *qmp.Client, want int) (int, error) {
 	cpus, err := queryCPUs(ctx, q)
 	if err != nil {
 		return 0, err
@@ -161,6 +162,10 @@ func setCPUs(ctx context.Context, q *qmp.Client, want int) (int, error) {
 		c := cpus[i]
 		if c.Path != "" {
 			continue
+		}
+		if !m.mayPlug(ctx, q, n) {
+			m.d.log.Info("no CPU is plugged in while the translation cache is nearly full", "machine", m.id, "cpus", n, "wanted", want)
+			return n, nil
 		}
 		args := qmp.Args{"driver": c.Type, "id": c.id()}
 		for k, v := range c.Props {

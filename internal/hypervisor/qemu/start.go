@@ -73,7 +73,7 @@ const startTimeout = 60 * time.Second
 func (m *machine) launch(kind memoryKind) launch {
 	return launch{
 		id: m.id, tag: m.d.host.tag, spec: m.spec, accel: m.d.host.accel,
-		tb: m.d.opt.TranslationCache, memory: kind, incoming: kind == memoryClone,
+		tb: m.d.cacheSize(m.spec.Ceiling.CPUs), memory: kind, incoming: kind == memoryClone,
 	}
 }
 
