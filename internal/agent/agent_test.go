@@ -95,6 +95,7 @@ func TestStopStartRemove(t *testing.T) {
 	rigged(t, func(r *rig) {
 		c := r.container("c-1", "")
 		c.Spec.Restart = &v1.RestartPolicy{Name: "always"}
+		c.Spec.StopGracePeriod = durationpb.New(37 * time.Second)
 		c.Spec.Mounts = []*v1.Mount{{Type: v1.Mount_TYPE_VOLUME, Target: "/anon"}, {Type: v1.Mount_TYPE_VOLUME, Source: "data", Target: "/data"}}
 		c.Volumes = []*v1.AssignedMount{{Target: "/data", VolumeId: "v-1"}}
 		r.spec.Volumes = []*v1.VolumeAssignment{{Id: "v-1", Name: "data", SizeBytes: 1 << 30}}
@@ -138,6 +139,9 @@ func TestStopStartRemove(t *testing.T) {
 		r.spec.Containers = nil
 		r.apply()
 		r.until(5*time.Second, "removed", func() bool { return len(r.w.rt.cs) == 0 && len(r.w.vols.used) == 0 && len(r.w.imgs.leases) == 0 })
+		if r.peek(func() bool { return r.w.rt.grace != 37*time.Second }) {
+			t.Errorf("a container that was removed got %s to end, not its own grace period", r.w.rt.grace)
+		}
 		if r.peek(func() bool { return r.w.vols.vols["v-1"].ID == "" || len(r.w.vols.vols) != 1 }) {
 			t.Errorf("the named volume stays, the anonymous one goes: %v", r.w.vols.vols)
 		}

@@ -201,10 +201,17 @@ func (c *container) reconcile(ctx, soft context.Context, want *v1.ContainerAssig
 		if err := c.replace(ctx, want); err != nil {
 			return 0, err
 		}
+		r = c.rec
 	}
 	if !r.Made && r.Fixed != fixed {
 		c.prep = nil
 		r.Fixed, r.Machine = fixed, want.MachineId
+	}
+	if g := c.grace(want); !r.GraceKnown || r.Grace != g {
+		r.Grace, r.GraceKnown = g, true
+		if r.Made {
+			c.save()
+		}
 	}
 	if err := c.joinKernel(r.Machine); err != nil {
 		return 0, err

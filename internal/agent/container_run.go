@@ -92,9 +92,12 @@ func (c *container) lost(why string) {
 	c.save()
 }
 
-// grace is how long a container may take to end.
+// grace is how long a container may take to end. One that is to go has no
+// assignment any more, and keeps what its last one said.
 func (c *container) grace(want *v1.ContainerAssignment) time.Duration {
 	switch {
+	case want == nil && c.rec.GraceKnown:
+		return c.rec.Grace
 	case want.GetStopTimeout() != nil:
 		return max(0, want.StopTimeout.AsDuration())
 	case want.GetSpec().GetStopGracePeriod() != nil:

@@ -25,6 +25,7 @@ type fakeRuntime struct {
 	probe   func() int // exit code of exec
 	dead    bool
 	creates int
+	grace   time.Duration // of the last Stop
 }
 
 type fakeContainer struct {
@@ -177,6 +178,7 @@ func (r *fakeRuntime) Stop(ctx context.Context, id, sig string, grace time.Durat
 	if c == nil {
 		return nil, errdefs.ErrNotFound
 	}
+	r.grace = grace
 	r.end(c, 143)
 	return proto.Clone(c.st).(*v1.RuntimeStatus), nil
 }

@@ -28,6 +28,9 @@ type containerRecord struct {
 	Volumes   []volumeUse `json:"volumes,omitempty"`
 	CreatedAt time.Time   `json:"created_at,omitzero"`
 
+	Grace      time.Duration `json:"grace,omitempty"` // it may take so long to end, also when nobody wants it any more
+	GraceKnown bool          `json:"grace_known,omitempty"`
+
 	Running   bool      `json:"running,omitempty"` // Start was called, and its end not seen
 	Boot      string    `json:"boot,omitempty"`    // the kernel's run that Start was called in
 	Run       int64     `json:"run,omitempty"`     // counts starts
