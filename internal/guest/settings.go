@@ -40,9 +40,7 @@ var kernelSettings = map[string]string{
 
 // settings prepares the kernel for containers.
 func settings(log *slog.Logger) {
-	// Memory that is hot-added must come online by itself, and so that it can be
-	// taken away again; before the first block arrives.
-	write(log, "/sys/devices/system/memory/auto_online_blocks", "online_movable")
+	onlineMemory(log)
 	for k, v := range kernelSettings {
 		path := "/proc/sys/" + k
 		if _, err := os.Stat(path); err == nil {
@@ -112,4 +110,21 @@ func loopbackUp() error {
 	}
 	r.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
+}
+
+// onlineMemory makes memory that is hot-added come online by itself; it is called
+// before the first block arrives. Movable memory can be taken away again, but the
+// kernel can't keep its own things there, among them 1.6 % of all memory for what
+// it knows of each page: with movable memory alone, 12 GiB of it eat up the 256 MiB
+// that a machine starts with. So the kernel takes one part in five for itself, once
+// movable memory is four times as much as its own.
+func onlineMemory(log *slog.Logger) {
+	const params = "/sys/module/memory_hotplug/parameters/"
+	how := "online_movable"
+	if _, err := os.Stat(params + "online_policy"); err == nil {
+		write(log, params+"auto_movable_ratio", "400")
+		write(log, params+"online_policy", "auto-movable")
+		how = "online"
+	}
+	write(log, "/sys/devices/system/memory/auto_online_blocks", how)
 }
