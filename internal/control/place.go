@@ -253,7 +253,9 @@ func (w *placement) unplaced(id string, r *v1.Reason, remedy string) {
 	if x == nil {
 		return
 	}
-	w.c.plan.unplaced[id] = w.named(r)
+	r = w.named(r)
+	r.Summary = strings.ReplaceAll(r.Summary, id, x.Meta.Name)
+	w.c.plan.unplaced[id] = r
 	msg := "no place: " + r.Summary
 	if remedy != "" {
 		remedy = w.replacer.Replace(remedy)

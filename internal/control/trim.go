@@ -16,6 +16,9 @@ type trimmer struct {
 	large map[string]time.Time
 }
 
+// crowdedIdleStop is how long a machine stays empty while a container has no place.
+const crowdedIdleStop = time.Second
+
 // trimMachines stops machines that have been empty for a while, shrinks those
 // that have long been larger than what they hold, and grows those whose containers
 // reserve more now.
@@ -43,6 +46,11 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			next = max(d, time.Millisecond)
 		}
 	}
+	idleStop := c.opts.IdleStop
+	if len(c.plan.unplaced) > 0 {
+		// Somebody waits for room: what is empty and of no use to it gives way.
+		idleStop = min(idleStop, crowdedIdleStop)
+	}
 	empty := map[string]time.Time{}
 	for _, m := range snap.Machines {
 		if m.Meta.Deleting {
@@ -57,7 +65,7 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			since = now
 		}
 		empty[m.Meta.Id] = since
-		if left := c.opts.IdleStop - now.Sub(since); left > 0 {
+		if left := idleStop - now.Sub(since); left > 0 {
 			later(left)
 		} else {
 			idle = append(idle, m.Meta.Id)
