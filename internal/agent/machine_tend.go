@@ -100,7 +100,15 @@ func (m *machine) resize(ctx context.Context, want *v1.MachineAssignment) (time.
 			m.log.Info("the guest keeps its CPUs", "error", err)
 		}
 	}
-	got, err := m.a.o.Driver.Resize(call, m.id, size)
+	wanted := size
+	if size.Memory < have.Memory {
+		size.Memory = m.shrinkTo(call, size.Memory, have.Memory, caps.MemoryStep)
+	}
+	got := have
+	var err error
+	if size != have {
+		got, err = m.a.o.Driver.Resize(call, m.id, size)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("resize to %d CPUs and %d MiB: %w", size.CPUs, size.Memory>>20, err)
 	}
@@ -113,14 +121,33 @@ func (m *machine) resize(ctx context.Context, want *v1.MachineAssignment) (time.
 		m.a.hub.event(m.newEvent(action, "cpus", fmt.Sprint(got.CPUs), "memory", fmt.Sprint(got.Memory)))
 	}
 	m.publish(want)
-	m.resizeTo = size
-	if got == size {
+	m.resizeTo = wanted
+	if got == wanted {
 		m.resized.reset()
 		return 0, nil
 	}
 	wait := m.resized.next(2*time.Second, 2*time.Minute)
 	m.resizeAt = m.a.o.Clock.Now().Add(wait)
 	return wait, nil
+}
+
+// shrinkReserve is what a guest keeps beside what it uses when it shrinks: taking
+// away memory moves pages into the rest, and a kernel without room for them panics.
+const shrinkReserve = 96 << 20
+
+// shrinkTo is how far a machine may shrink now: to what is wanted, or to what its
+// guest uses and a reserve. A guest that does not tell keeps what it has.
+func (m *machine) shrinkTo(ctx context.Context, want, have, step int64) int64 {
+	if m.link == nil {
+		return have
+	}
+	res, err := m.link.Guest.Resources(ctx, connect.NewRequest(&v1.GuestResourcesRequest{}))
+	if err != nil {
+		return have
+	}
+	free := max(0, res.Msg.GetMemoryAvailableBytes()-shrinkReserve)
+	step = max(step, 1)
+	return max(want, have-min(free, have)/step*step)
 }
 
 // watchSession keeps a session honest: it notices its end, asks the guest

@@ -195,9 +195,22 @@ func (k *containers) Stop(ctx context.Context, req *connect.Request[v1.StopConta
 		return nil, err
 	}
 	if r.Wait {
-		out, err = s.waitAll(ctx, out, stopped)
+		out, err = s.waitAll(ctx, out, s.settled)
 	}
 	return connect.NewResponse(&v1.StopContainersResponse{Containers: publicAll(out)}), err
+}
+
+// settled says that a container has stopped after what was last asked of it: just
+// after a start the state before it still stands. A host that is away can't tell.
+func (s *Server) settled(c *v1.Container) bool {
+	host := c.GetAssignment().GetHostId()
+	if !stopped(c) || host == "" {
+		return stopped(c)
+	}
+	if _, err := s.ctl.Hosts.Client(host); err != nil {
+		return true
+	}
+	return c.GetStatus().GetObservedGeneration() >= c.Meta.Generation
 }
 
 func stopTimeout(r *v1.StopContainersRequest) error {
