@@ -152,6 +152,8 @@ type Driver interface {
 
 	// Resize grows or shrinks a running machine, and returns the size it has at
 	// the end: a guest may give back less than asked for (no error; ask again).
+	// The caller sees to it that a shrink leaves the guest what it uses and some
+	// room: memory is taken away by moving its pages into the rest.
 	Resize(ctx context.Context, id string, want Size) (Size, error)
 	AttachDisk(ctx context.Context, id string, d Disk) error
 	// DetachDisk removes a disk; the guest must have unmounted it.
