@@ -125,7 +125,9 @@ func (c *container) clear() error {
 	if err := os.RemoveAll(filepath.Join(c.req.Root, c.id)); err != nil {
 		return fmt.Errorf("state of container %s: %w", c.id, err)
 	}
-	for _, f := range []string{filePID, fileExit, "runc.log", "0", "1", "2"} {
+	// A runc that was killed leaves the pid's file under its first name, and the
+	// next one would not write over it.
+	for _, f := range []string{"." + filePID, filePID, fileExit, "runc.log", "0", "1", "2"} {
 		if err := os.Remove(filepath.Join(c.dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("state of container %s: %w", c.id, err)
 		}
