@@ -150,7 +150,7 @@ func reset(ctx context.Context, d *dirs) error {
 
 // serverGone refuses while a server or agent of these directories runs.
 func (d *dirs) serverGone() error {
-	f, err := os.OpenFile(filepath.Join(d.state, "server", "lock"), os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(d.state, "server", "server", "lock"), os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
