@@ -220,6 +220,29 @@ func (r *Runtime) Unmount(ctx context.Context, id string) error {
 	return nil
 }
 
+// unmountUnused unmounts the disks of an earlier process that no container uses.
+// On metal the caller lived in that process, and has forgotten them with it; a
+// guest's caller is on its host, knows them still, and unmounts them itself.
+func (r *Runtime) unmountUnused(ctx context.Context) {
+	r.mu.Lock()
+	var unused []string
+next:
+	for id := range r.disks {
+		for _, c := range r.ctrs {
+			if usesDisk(c.spec, id) {
+				continue next
+			}
+		}
+		unused = append(unused, id)
+	}
+	r.mu.Unlock()
+	for _, id := range unused {
+		if err := r.Unmount(ctx, id); err != nil {
+			r.log.Warn("unmount a disk that no container uses", "disk", id, "error", err)
+		}
+	}
+}
+
 func usesDisk(s *v1.RuntimeSpec, id string) bool {
 	if slices.Contains(s.GetLayers(), id) {
 		return true

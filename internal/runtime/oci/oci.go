@@ -152,6 +152,9 @@ func New(ctx context.Context, o Options) (*Runtime, error) {
 		return nil, fmt.Errorf("runtime: waiting for the container monitor: %w", ctx.Err())
 	}
 	r.sweep(ctx)
+	if o.Metal {
+		r.unmountUnused(ctx)
+	}
 	return r, nil
 }
 
