@@ -58,6 +58,9 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 		c.phase = v1.ContainerState_CONTAINER_STATE_CREATED
 		return nil
 	}
+	if err := o.sess.awaitNetwork(soft); err != nil {
+		return err
+	}
 	return c.start(call, want, o.sess, live)
 }
 

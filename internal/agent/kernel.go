@@ -49,6 +49,24 @@ type session struct {
 	boot string
 	ctx  context.Context // ends with the connection
 	end  context.CancelFunc
+	// linked is closed when the kernel has its network: containers may be made
+	// before, but not started. Nil: it has.
+	linked chan struct{}
+}
+
+// awaitNetwork returns when containers may start.
+func (s *session) awaitNetwork(ctx context.Context) error {
+	if s.linked == nil {
+		return nil
+	}
+	select {
+	case <-s.linked:
+		return nil
+	case <-s.ctx.Done():
+		return waiting("its machine's network")
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func newKernel(machine string, clock Clock, log *slog.Logger, disks *diskSet, known func(string) bool) *kernel {

@@ -175,8 +175,23 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	t := m.a.o.Tuning
 	try, cancel := context.WithTimeout(soft, max(t.CallTimeout, t.BootTimeout))
 	defer cancel()
+	// A clone is plugged while its guest is being reached: its kernel is up, and
+	// takes a while to see a device. A guest that boots is left alone until it answers.
+	plugging, giveUp := context.WithCancel(try)
+	defer giveUp()
+	g, gctx := errgroup.WithContext(plugging)
+	plug := func() {
+		g.Go(func() error { return m.attachNIC(gctx, want) })
+		g.Go(func() error { return m.attachScratch(gctx) })
+	}
+	early := m.cloned
+	if early {
+		plug()
+	}
 	link, hello, err := m.a.reach(try, m.id)
 	if err != nil {
+		giveUp()
+		_ = g.Wait() // the next attempt tells
 		return err
 	}
 	defer func() {
@@ -200,29 +215,33 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	m.mu.Unlock()
 	boot := m.boot()
 
-	// NIC and identity at once; the network is configured when both are there.
-	g, gctx := errgroup.WithContext(try)
-	g.Go(func() error { return m.attachNIC(gctx, want) })
+	// NIC and identity at once; the guest waits for its disk by itself.
+	if !early {
+		plug()
+	}
 	g.Go(func() error { return m.configure(gctx, link, hello) })
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	m.network = ""
-	if err := m.configureNetwork(try, link, want); err != nil {
-		return err
-	}
 	sctx, end := context.WithCancel(ctx)
-	sess := &session{rt: link.Runtime, guest: link.Guest, boot: boot, ctx: sctx, end: end}
+	sess := &session{rt: link.Runtime, guest: link.Guest, boot: boot, ctx: sctx, end: end, linked: make(chan struct{})}
 	opening := context.AfterFunc(try, end) // the first listing has a deadline, too
 	err = m.kernel.open(sess)
+	why := "it could not be listed"
+	if err == nil { // containers are made meanwhile; they start when their network is there
+		why = "its network could not be configured"
+		err = m.configureNetwork(try, link, want)
+	}
 	if !opening() && err == nil {
 		err = errGone
 	}
 	if err != nil {
-		m.kernel.close(sess, "it could not be listed")
+		m.kernel.close(sess, why)
 		end()
 		return err
 	}
+	close(sess.linked)
 	m.link = link
 	m.state = v1.MachineState_MACHINE_STATE_RUNNING
 	m.resized.reset()
@@ -231,8 +250,8 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	return nil
 }
 
-// configure gives the guest its scratch disk and identity, if it has none yet.
-func (m *machine) configure(ctx context.Context, link *GuestLink, hello *v1.GuestHelloResponse) error {
+// attachScratch makes the machine's scratch disk and plugs it.
+func (m *machine) attachScratch(ctx context.Context) error {
 	scratch := scratchID(m.id)
 	vol, err := m.a.o.Volumes.EnsureScratch(ctx, scratch, m.a.o.Tuning.ScratchSize)
 	if err != nil {
@@ -243,6 +262,12 @@ func (m *machine) configure(ctx context.Context, link *GuestLink, hello *v1.Gues
 	if err := m.kernel.disks.attachAll(ctx, scratch); err != nil {
 		return fmt.Errorf("scratch disk: %w", err)
 	}
+	return nil
+}
+
+// configure gives the guest its identity and names its scratch disk, if it has
+// none yet.
+func (m *machine) configure(ctx context.Context, link *GuestLink, hello *v1.GuestHelloResponse) error {
 	if hello.Configured && hello.MachineId == m.id {
 		return nil
 	}
@@ -258,8 +283,8 @@ func (m *machine) configure(ctx context.Context, link *GuestLink, hello *v1.Gues
 		name = m.id
 	}
 	m.mu.Unlock()
-	_, err = link.Guest.Configure(call, connect.NewRequest(&v1.ConfigureRequest{
-		MachineId: m.id, Hostname: name, Entropy: entropy, Now: timestamppb.New(m.a.o.Clock.Now()), ScratchSerial: d.Name,
+	_, err := link.Guest.Configure(call, connect.NewRequest(&v1.ConfigureRequest{
+		MachineId: m.id, Hostname: name, Entropy: entropy, Now: timestamppb.New(m.a.o.Clock.Now()), ScratchSerial: volumeDisk(scratchID(m.id)),
 	}))
 	if err != nil {
 		return fmt.Errorf("configure the guest: %w", err)
