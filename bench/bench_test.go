@@ -193,95 +193,16 @@ func BenchmarkContainers(b *testing.B) {
 	report("tandem up, no machine yet, until the container runs", ms(first), "3 s", first <= 3*time.Second)
 
 	h.Tandem("run", "-d", "--name", "keep", "busybox", "sleep", "100000")
+	h.Tandem("run", "--rm", "busybox", "true")
 	warm := times(9, func(int) { h.Tandem("run", "--rm", "busybox", "true") })
-	alone := runcInGuest(b, h)
+	alone, minimal := runcInGuest(b, h)
 	report("busybox true in a warm machine, create to exit", ms(warm), "1.4 x "+ms(alone)+" (runc)", float64(warm) <= 1.4*float64(alone))
+	note("   runc alone of its own minimal spec, there", ms(minimal))
 
 	metal := times(9, func(int) { h.Tandem("run", "--rm", "--isolation", "metal", "busybox", "true") })
-	bare := runcOnHost(b, h)
+	bare, minimal := runcOnHost(b, h)
 	report("busybox true on metal, create to exit", ms(metal), "1.4 x "+ms(bare)+" (runc)", float64(metal) <= 1.4*float64(bare))
-}
-
-// runcInGuest is `runc run` of busybox true by itself, in the same guest: from a
-// privileged container, with nothing of Tandem on the way.
-func runcInGuest(b *testing.B, h *host.Host) time.Duration {
-	b.Helper()
-	h.ImportTree("runc:latest", func(root string) {
-		host.BusyboxTree(b, root)
-		bundle(b, filepath.Join(root, "bundle"), h)
-		copyFile(b, filepath.Join(h.Bin, "runc"), filepath.Join(root, "bin/runc"))
-	}, "CMD [\"sh\"]", "ENV PATH=/bin")
-	h.Tandem("run", "-d", "--name", "nested", "--privileged", "--tmpfs", "/scratch", "--tmpfs", "/run", "runc", "sleep", "100000")
-	h.Tandem("exec", "nested", "sh", "-c", "cp -a /bundle /scratch/b && mkdir -p /run/runc")
-	script := `for i in 1 2 3 4 5 6 7; do s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run -b /scratch/b x$i || exit 1; e=$(cut -d' ' -f1 /proc/uptime); echo "$s $e"; done`
-	out, err := h.Try("exec", "nested", "sh", "-c", script)
-	if err != nil {
-		b.Fatal(err)
-	}
-	var d []time.Duration
-	for _, l := range strings.Split(strings.TrimSpace(out), "\n") {
-		f := strings.Fields(l)
-		if len(f) != 2 {
-			b.Fatalf("runc in the guest: %q", out)
-		}
-		s, _ := strconv.ParseFloat(f[0], 64)
-		e, _ := strconv.ParseFloat(f[1], 64)
-		d = append(d, time.Duration((e-s)*float64(time.Second)))
-	}
-	h.Tandem("rm", "-f", "nested")
-	return median(d)
-}
-
-func runcOnHost(b *testing.B, h *host.Host) time.Duration {
-	b.Helper()
-	dir := filepath.Join(h.Dir, "bundle")
-	bundle(b, dir, h)
-	root := filepath.Join(h.Dir, "runc-root")
-	d := times(9, func(i int) {
-		out, err := h.Inside(b.Context(), filepath.Join(h.Bin, "runc"), "--root", root, "run", "-b", dir, "bench-"+strconv.Itoa(i)).CombinedOutput()
-		if err != nil {
-			b.Fatalf("runc: %v: %s", err, out)
-		}
-	})
-	return d
-}
-
-// bundle is an OCI bundle that runs busybox true as runc's own default spec has
-// it, without a terminal.
-func bundle(b *testing.B, dir string, h *host.Host) {
-	b.Helper()
-	host.BusyboxTree(b, filepath.Join(dir, "rootfs"))
-	c := exec.Command(filepath.Join(h.Bin, "runc"), "spec", "-b", dir)
-	if out, err := c.CombinedOutput(); err != nil {
-		b.Fatalf("runc spec: %v: %s", err, out)
-	}
-	file := filepath.Join(dir, "config.json")
-	text, err := os.ReadFile(file)
-	if err != nil {
-		b.Fatal(err)
-	}
-	var spec map[string]any
-	if err := json.Unmarshal(text, &spec); err != nil {
-		b.Fatal(err)
-	}
-	p := spec["process"].(map[string]any)
-	p["terminal"], p["args"] = false, []string{"/bin/true"}
-	p["rlimits"] = nil
-	text, _ = json.Marshal(spec)
-	if err := os.WriteFile(file, text, 0o644); err != nil {
-		b.Fatal(err)
-	}
-}
-
-func copyFile(b *testing.B, from, to string) {
-	b.Helper()
-	text, err := os.ReadFile(from)
-	if err == nil {
-		err = os.WriteFile(to, text, 0o755)
-	}
-	if err != nil {
-		b.Fatal(err)
-	}
+	note("   runc alone of its own minimal spec, there", ms(minimal))
 }
 
 func BenchmarkDensity(b *testing.B) {
@@ -292,10 +213,9 @@ func BenchmarkDensity(b *testing.B) {
 			file := h.Compose("dense", fmt.Sprintf("name: dense\nservices:\n  web:\n    image: httpd:latest\n    x-tandem: {isolation: %s}\n    deploy: {replicas: %d, resources: {reservations: {memory: 16M}}}\n", isolation, n))
 			h.Tandem("up", "-f", file)
 			for _, c := range mustContainers(b, h) {
-				h.Eventually(time.Minute, "an answer of "+c.Meta.Name, func() error {
-					_, err := h.Curl("http://" + c.Assignment.IP + "/")
-					return err
-				})
+				if _, err := h.Curl("http://" + c.Assignment.IP + "/"); err != nil {
+					b.Fatal(err)
+				}
 			}
 			time.Sleep(10 * time.Second)
 			return qemuPSS(b, h)
