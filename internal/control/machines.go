@@ -13,6 +13,9 @@ import (
 	"tandem/internal/store"
 )
 
+// userMachineCPU is what a machine reserves whose maker said nothing, in thousandths.
+const userMachineCPU = 100
+
 // CreateMachine makes a machine that a user asked for, on host h. What is not
 // said is the host's base size and the largest ceiling it allows.
 func (c *Controller) CreateMachine(ctx context.Context, r *v1.CreateMachineRequest, project string, h *v1.Host) (*v1.Machine, error) {
@@ -20,7 +23,7 @@ func (c *Controller) CreateMachine(ctx context.Context, r *v1.CreateMachineReque
 	defer c.planMu.Unlock()
 	snap := c.store.Snapshot()
 	f := h.GetFacts()
-	size := &v1.Size{CpuMilli: cmp.Or(r.GetSize().GetCpuMilli(), 1000), MemoryBytes: cmp.Or(r.GetSize().GetMemoryBytes(), f.GetBaseMemoryBytes())}
+	size := &v1.Size{CpuMilli: cmp.Or(r.GetSize().GetCpuMilli(), userMachineCPU), MemoryBytes: cmp.Or(r.GetSize().GetMemoryBytes(), f.GetBaseMemoryBytes())}
 	top := maxMachine(f)
 	ceiling := &v1.Size{CpuMilli: cmp.Or(r.GetCeiling().GetCpuMilli(), max(top.CpuMilli, size.CpuMilli)), MemoryBytes: cmp.Or(r.GetCeiling().GetMemoryBytes(), max(top.MemoryBytes, size.MemoryBytes))}
 	if size.CpuMilli > ceiling.CpuMilli || size.MemoryBytes > ceiling.MemoryBytes {
@@ -200,10 +203,10 @@ func refit(snap *store.Snapshot, tx *store.Txn) map[string]bool {
 	return did
 }
 
-// fitted is the size of a machine that holds need: whole CPUs and memory steps,
+// fitted is the size of a machine that holds need, in memory steps,
 // at most its ceiling, never smaller than it is.
 func fitted(f *v1.HostFacts, m *v1.Machine, need *v1.Size) *v1.Size {
-	to := &v1.Size{CpuMilli: (need.CpuMilli + 999) / 1000 * 1000, MemoryBytes: need.MemoryBytes}
+	to := &v1.Size{CpuMilli: need.CpuMilli, MemoryBytes: need.MemoryBytes}
 	base, step := f.GetBaseMemoryBytes(), max(f.GetCapabilities().GetMemoryStepBytes(), 1)
 	if to.MemoryBytes > base {
 		to.MemoryBytes = base + (to.MemoryBytes-base+step-1)/step*step

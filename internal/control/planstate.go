@@ -99,11 +99,13 @@ func planHost(h *v1.Host) planner.Host {
 	return planner.Host{
 		ID: h.Meta.Id, Zone: f.GetZone(), Capacity: size(f.GetCapacity()),
 		MachineExtra: size(f.GetMachineOverhead()), GuestExtra: size(f.GetGuestOverhead()),
-		Base:     planner.Size{CPU: 1000, Memory: f.GetBaseMemoryBytes()},
+		// A machine's CPU is what it reserves of the host, as on other hypervisors;
+		// the agent gives it the whole CPUs that hold this, at least one.
+		Base:     planner.Size{CPU: f.GetGuestOverhead().GetCpuMilli(), Memory: f.GetBaseMemoryBytes()},
 		Cordoned: h.Cordoned, Down: !h.Connected,
 		Capabilities: planner.Capabilities{
-			Grow: k.GetGrowCpu() && k.GetGrowMemory(), Shrink: k.GetShrinkCpu() && k.GetShrinkMemory(), Metal: k.GetMetal(),
-			MaxMachine: size(k.GetMaxMachine()), MemoryStep: k.GetMemoryStepBytes(), CPUStep: 1000,
+			Grow: k.GetGrowCpu() && k.GetGrowMemory(), Shrink: k.GetShrinkMemory(), Metal: k.GetMetal(),
+			MaxMachine: size(k.GetMaxMachine()), MemoryStep: k.GetMemoryStepBytes(), CPUStep: 1,
 			BootSeconds: boot, GrowSeconds: 0.5,
 		},
 	}

@@ -235,7 +235,7 @@ func (k *machines) Resize(ctx context.Context, req *connect.Request[v1.ResizeMac
 			return nil, err
 		}
 		st := m.GetStatus()
-		if m.Stopped || st.GetObservedGeneration() >= m.Meta.Generation && proto.Equal(st.GetSize(), m.Size) {
+		if m.Stopped || st.GetObservedGeneration() >= m.Meta.Generation && hasSize(st.GetSize(), m.Size) {
 			break
 		}
 		select {
@@ -265,4 +265,10 @@ func (k *machines) Console(ctx context.Context, in *bidiIn) error {
 	}
 	return proxy(ctx, in, func(ctx context.Context) *bidiOut { return agent.Console(ctx) },
 		&v1.StreamInput{Kind: &v1.StreamInput_Console{Console: &v1.ConsoleSpec{MachineId: m.Meta.Id}}})
+}
+
+// hasSize says that a machine has what is wanted: the memory, and at least the CPUs,
+// which come whole and can't be taken away everywhere.
+func hasSize(have, want *v1.Size) bool {
+	return have.GetMemoryBytes() == want.GetMemoryBytes() && have.GetCpuMilli() >= want.GetCpuMilli()
 }

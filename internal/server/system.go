@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"runtime"
@@ -170,7 +171,7 @@ func explain(r *v1.ExplainResponse, waits string) string {
 	fmt.Fprintf(&b, "%s is %s", c.Meta.Name, stateWord(c))
 	switch {
 	case r.Machine != nil && r.Host != nil:
-		fmt.Fprintf(&b, " in machine %s (%s) on host %s", r.Machine.Meta.Name, sizeText(r.Machine.Size), r.Host.Meta.Name)
+		fmt.Fprintf(&b, " in machine %s (%s) on host %s", r.Machine.Meta.Name, sizeText(cmp.Or(r.Machine.GetStatus().GetSize(), r.Machine.Size)), r.Host.Meta.Name)
 	case r.Host != nil:
 		fmt.Fprintf(&b, " on host %s itself", r.Host.Meta.Name)
 	case c.Stopped:
