@@ -213,9 +213,10 @@ func BenchmarkDensity(b *testing.B) {
 			file := h.Compose("dense", fmt.Sprintf("name: dense\nservices:\n  web:\n    image: httpd:latest\n    x-tandem: {isolation: %s}\n    deploy: {replicas: %d, resources: {reservations: {memory: 16M}}}\n", isolation, n))
 			h.Tandem("up", "-f", file)
 			for _, c := range mustContainers(b, h) {
-				if _, err := h.Curl("http://" + c.Assignment.IP + "/"); err != nil {
-					b.Fatal(err)
-				}
+				h.Eventually(2*time.Minute, "an answer of "+c.Meta.Name, func() error {
+					_, err := h.Curl("http://" + c.Assignment.IP + "/")
+					return err
+				})
 			}
 			time.Sleep(10 * time.Second)
 			return qemuPSS(b, h)
