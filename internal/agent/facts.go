@@ -44,7 +44,9 @@ func (a *Agent) facts() (*v1.HostFacts, error) {
 	}
 	if a.o.Capacity != nil {
 		f.Capacity = proto.Clone(a.o.Capacity).(*v1.Size)
-		return f, nil
+		if f.Capacity.CpuMilli > 0 && f.Capacity.MemoryBytes > 0 {
+			return f, nil
+		}
 	}
 	mem, err := memTotal()
 	if err != nil {
@@ -52,7 +54,17 @@ func (a *Agent) facts() (*v1.HostFacts, error) {
 	}
 	// What the host itself and Tandem's own processes need.
 	reserve := max(512*mib, mem/20)
-	f.Capacity = &v1.Size{CpuMilli: int64(goruntime.NumCPU()) * 1000, MemoryBytes: max(mem-reserve, mem/2)}
+	all := &v1.Size{CpuMilli: int64(goruntime.NumCPU()) * 1000, MemoryBytes: max(mem-reserve, mem/2)}
+	if f.Capacity == nil {
+		f.Capacity = all
+	}
+	// Who says only one of the two leaves the other as it is.
+	if f.Capacity.CpuMilli == 0 {
+		f.Capacity.CpuMilli = all.CpuMilli
+	}
+	if f.Capacity.MemoryBytes == 0 {
+		f.Capacity.MemoryBytes = all.MemoryBytes
+	}
 	return f, nil
 }
 
