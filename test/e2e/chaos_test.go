@@ -147,8 +147,11 @@ func (c *chaos) disturbed(kills int, args ...string) {
 	for i := range kills {
 		// Most moments are early: much happens then.
 		at := last + time.Duration(c.rng.Int64N(int64(usual)/int64(kills-i)+1))
-		last = at
 		target := []string{"server", "server", "qemu", "runc", "monitor", "iron"}[c.rng.IntN(6)]
+		if target == "runc" { // lives for some tens of milliseconds: lie in wait from now on
+			at = last
+		}
+		last = at
 		pause := time.Duration(c.rng.IntN(400)) * time.Millisecond
 		time.Sleep(time.Until(began.Add(at)))
 		n := c.kill(target, pause)
@@ -164,6 +167,9 @@ func (c *chaos) disturbed(kills int, args ...string) {
 			c.t.Fatalf("%v does not work again after kills: %v", args, err)
 		}
 		c.t.Logf("  %s again after: %.300s", args[0], err)
+		if args[0] == "down" && strings.Contains(err.Error(), "no project") {
+			break // the one before did it, and could not say so
+		}
 		time.Sleep(200 * time.Millisecond)
 		_, err = c.TryFor(5*time.Minute, "", args...)
 	}
@@ -186,8 +192,8 @@ func (c *chaos) kill(target string, pause time.Duration) int {
 		pids = c.Pids("tandem", "monitor")
 	case "iron": // the process of the container on metal
 		pids = c.Pids("sleep", "100000")
-	case "runc": // lives for some tens of milliseconds: lie in wait for it
-		for end := time.Now().Add(2 * time.Second); len(pids) == 0 && time.Now().Before(end); {
+	case "runc":
+		for end := time.Now().Add(5 * time.Second); len(pids) == 0 && time.Now().Before(end); {
 			pids = c.Pids("runc", "")
 			time.Sleep(time.Millisecond)
 		}

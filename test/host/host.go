@@ -28,6 +28,7 @@ type Host struct {
 	Dir   string // everything of it lies below
 	Bin   string // tandem, runc, guest/
 	init  *exec.Cmd
+	state string // State, if it is not the usual one
 	serve **exec.Cmd
 	log   *os.File
 }
@@ -113,7 +114,12 @@ func (h *Host) close() {
 }
 
 // State is its state directory.
-func (h *Host) State() string { return filepath.Join(h.Dir, "s") }
+func (h *Host) State() string {
+	if h.state != "" {
+		return h.state
+	}
+	return filepath.Join(h.Dir, "s")
+}
 
 // RunDir is where its sockets are.
 func (h *Host) RunDir() string { return filepath.Join(h.Dir, "r") }
@@ -134,6 +140,10 @@ func (h *Host) Inside(ctx context.Context, name string, args ...string) *exec.Cm
 	pid := strconv.Itoa(h.init.Process.Pid)
 	c := exec.CommandContext(ctx, "nsenter", append([]string{"-t", pid, "-n", "-m", "-p", "-u", "-i", "--", name}, args...)...)
 	c.Env = append(os.Environ(), "TANDEM_HOST=unix://"+h.RunDir()+"/tandem.sock", "COMPOSE_PROJECT_NAME=")
+	// nsenter's child would live on, and hold the pipes: both go.
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.Cancel = func() error { return unix.Kill(-c.Process.Pid, unix.SIGKILL) }
+	c.WaitDelay = 10 * time.Second
 	return c
 }
 
@@ -179,6 +189,75 @@ func (h *Host) Kill9() {
 // an error holds what it printed on standard error.
 func (h *Host) Try(args ...string) (string, error) {
 	return h.TryFor(10*time.Minute, "", args...)
+}
+
+// Stop ends `tandem serve` as a service manager does.
+func (h *Host) Stop() {
+	h.t.Helper()
+	for _, p := range h.Server() {
+		unix.Kill(p, unix.SIGTERM)
+	}
+	done := make(chan error, 1)
+	c := *h.serve
+	go func() { done <- c.Wait() }()
+	select {
+	case err := <-done:
+		if err != nil {
+			h.t.Errorf("tandem serve ended with %v after SIGTERM", err)
+		}
+	case <-time.After(60 * time.Second):
+		h.t.Errorf("tandem serve does not end on SIGTERM")
+		h.Kill9()
+	}
+	*h.serve = nil
+}
+
+// SmallState puts the state directory on an ext4 file system of its own, of so
+// many MiB, and returns where that is mounted (in the host only). Call it before
+// Launch.
+func (h *Host) SmallState(mib int) string {
+	h.t.Helper()
+	img, dir := filepath.Join(h.Dir, "disk.img"), filepath.Join(h.Dir, "disk")
+	run(h.t, "truncate", "-s", strconv.Itoa(mib)+"M", img)
+	run(h.t, "mkfs.ext4", "-q", "-m", "0", img)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		h.t.Fatal(err)
+	}
+	h.Do("mount", "-o", "loop", img, dir)
+	h.state = filepath.Join(dir, "s")
+	h.Do("mkdir", h.state)
+	return dir
+}
+
+// Do runs a program in the host, which must succeed, and returns what it printed.
+func (h *Host) Do(name string, args ...string) string {
+	h.t.Helper()
+	out, err := h.Inside(context.Background(), name, args...).CombinedOutput()
+	if err != nil {
+		h.t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// Alive says whether `tandem serve` runs; if it ended by itself, that is noted.
+func (h *Host) Alive() bool {
+	if len(h.Server()) > 0 {
+		return true
+	}
+	if *h.serve != nil {
+		(*h.serve).Wait()
+		*h.serve = nil
+	}
+	return false
+}
+
+// Log is what `tandem serve` has logged.
+func (h *Host) Log() string {
+	b, err := os.ReadFile(h.log.Name())
+	if err != nil {
+		h.t.Error(err)
+	}
+	return string(b)
 }
 
 // TryFor is Try with a limit of time and something on standard input.
