@@ -194,7 +194,7 @@ func (h *Host) Leases() ([]string, error) {
 
 // Orphans lists what is left on a host on which nothing should run: processes,
 // mounts, links, control groups, loop devices, files, leases. It leaves out the
-// server, the monitor of containers on metal, cached layers of images (see
+// server, the monitor of containers on metal, the name server, cached layers of images (see
 // CachedLayers), and volumes: their number is the caller's to know.
 func (h *Host) Orphans() []string {
 	var out []string
@@ -204,7 +204,7 @@ func (h *Host) Orphans() []string {
 		}
 	}
 	for _, p := range h.AllProcesses() {
-		if p.Name() != "tandem" || len(p.Args) < 2 || p.Args[1] != "serve" && p.Args[1] != "monitor" {
+		if p.Name() != "tandem" || len(p.Args) < 2 || !slices.Contains([]string{"serve", "monitor", "names"}, p.Args[1]) {
 			out = append(out, fmt.Sprintf("process %d %s", p.Pid, strings.Join(p.Args, " ")))
 		}
 	}
