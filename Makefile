@@ -50,12 +50,12 @@ fuzz: ## every fuzz target for FUZZTIME (default 5m) each
 bench: guest ## the numbers of SPECIFICATION.md, side by side
 	@bench/run
 
-install: guest ## into /usr/local
-	install -D -m 755 $(BIN)/tandem /usr/local/bin/tandem
-	install -D -m 755 $(BIN)/tandem-guest /usr/local/lib/tandem/tandem-guest
-	install -D -m 755 $(BIN)/runc /usr/local/lib/tandem/runc
-	mkdir -p /usr/local/lib/tandem/guest && cp $(BIN)/guest/* /usr/local/lib/tandem/guest/
-	install -D -m 644 build/tandem.service /etc/systemd/system/tandem.service
+install: guest ## into /usr/local (DESTDIR goes before it)
+	install -D -m 755 $(BIN)/tandem $(DESTDIR)/usr/local/bin/tandem
+	install -D -m 755 $(BIN)/tandem-guest $(DESTDIR)/usr/local/lib/tandem/tandem-guest
+	install -D -m 755 $(BIN)/runc $(DESTDIR)/usr/local/lib/tandem/runc
+	mkdir -p $(DESTDIR)/usr/local/lib/tandem/guest && cp -a $(BIN)/guest/. $(DESTDIR)/usr/local/lib/tandem/guest/
+	install -D -m 644 build/tandem.service $(DESTDIR)/etc/systemd/system/tandem.service
 
 generate: ## Go code from the .proto files
 	@api/generate.sh
