@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"time"
 
 	"tandem/internal/guestimage"
+	"tandem/internal/network/hostnet"
+	"tandem/internal/network/names"
 	"tandem/internal/runtime/monitor"
 
 	"github.com/containerd/errdefs"
@@ -35,6 +38,34 @@ func monitorCommand() *cobra.Command {
 		},
 	}
 	d.flags(c, false)
+	return c
+}
+
+// namesCommand answers containers for names, also while the agent is away; the
+// agent starts it when it is needed.
+func namesCommand() *cobra.Command {
+	var d dirs
+	var identity string
+	c := &cobra.Command{
+		Use: "names", Hidden: true, Short: "Answer containers for names", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := d.check(); err != nil {
+				return err
+			}
+			debug.SetMemoryLimit(32 << 20)
+			debug.SetGCPercent(50)
+			debug.FreeOSMemory() // what the other commands' packages made when they were loaded
+			o := hostnet.NamesOptions("", d.logger())
+			o.Identity = identity
+			err := names.Serve(cmd.Context(), d.namesSocket(), filepath.Join(d.run, "names.state"), o)
+			if errdefs.IsAlreadyExists(err) {
+				return nil // two were started at once; one is enough
+			}
+			return err
+		},
+	}
+	d.flags(c, false)
+	c.Flags().StringVar(&identity, "identity", "", "of the agent that starts it")
 	return c
 }
 

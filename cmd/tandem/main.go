@@ -1,5 +1,5 @@
-// Command tandem is the user's command, the server, the host agent and the
-// metal monitor in one binary. What it does is in internal/; here it is wired.
+// Command tandem is the user's command, the server, the host agent, the metal
+// monitor and the name server in one binary. What it does is in internal/; here it is wired.
 //
 //	tandem serve                    the server, with this host's agent in it
 //	tandem agent                    an agent alone, beside a server that has none
@@ -32,7 +32,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version,
-		Extra: []*cobra.Command{serveCommand(), agentCommand(), monitorCommand(), guestCommand(), resetCommand()},
+		Extra: []*cobra.Command{serveCommand(), agentCommand(), monitorCommand(), namesCommand(), guestCommand(), resetCommand()},
 		Doctor: func(ctx context.Context) []*v1.Finding {
 			return doctor.Check(ctx, doctorOptions(&dirs{state: defaultStateDir}))
 		}}

@@ -16,8 +16,10 @@ import (
 	"tandem/internal/image"
 	"tandem/internal/network/endpoint"
 	"tandem/internal/network/hostnet"
+	"tandem/internal/network/names"
 	"tandem/internal/runtime/monitor"
 	"tandem/internal/runtime/oci"
+	"tandem/internal/spawn"
 	"tandem/internal/volume"
 )
 
@@ -61,7 +63,11 @@ func openParts(ctx context.Context, d *dirs, accel string, log *slog.Logger) (_ 
 		return nil, err
 	}
 	p.closers = append(p.closers, p.volumes.Close)
-	if p.net, err = hostnet.New(hostnet.Options{Table: d.instance(), Logger: log.With("part", "network")}); err != nil {
+	nameServer, err := d.nameServer(log.With("part", "names"))
+	if err != nil {
+		return nil, fmt.Errorf("name server: %w", err)
+	}
+	if p.net, err = hostnet.New(hostnet.Options{Table: d.instance(), Names: nameServer, Logger: log.With("part", "network")}); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
 	p.closers = append(p.closers, p.net.Close)
@@ -74,6 +80,22 @@ func openParts(ctx context.Context, d *dirs, accel string, log *slog.Logger) (_ 
 
 func (d *dirs) monitorSocket() string { return filepath.Join(d.run, "monitor.sock") }
 
+func (d *dirs) namesSocket() string { return filepath.Join(d.run, "names.sock") }
+
+// nameServer is the client of this host's name server, which is a process of its own.
+func (d *dirs) nameServer(log *slog.Logger) (*names.Apart, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	identity, err := names.Identity()
+	if err != nil {
+		return nil, err
+	}
+	start := spawn.Session([]string{exe, "names", "--state-dir", d.state, "--run-dir", d.run, "--identity", identity}, filepath.Join(d.state, "names.log"))
+	return names.NewApart(names.ApartOptions{Socket: d.namesSocket(), Spawn: start, Identity: identity, Logger: log}), nil
+}
+
 func (d *dirs) openMetal(ctx context.Context, log *slog.Logger) (*oci.Runtime, error) {
 	exe, err := os.Executable()
 	if err != nil {
@@ -83,7 +105,7 @@ func (d *dirs) openMetal(ctx context.Context, log *slog.Logger) (*oci.Runtime, e
 	if err != nil {
 		return nil, err
 	}
-	mon := monitor.NewClient(d.monitorSocket(), monitor.Spawn([]string{exe, "monitor", "--state-dir", d.state, "--run-dir", d.run}, filepath.Join(d.state, "monitor.log")))
+	mon := monitor.NewClient(d.monitorSocket(), spawn.Session([]string{exe, "monitor", "--state-dir", d.state, "--run-dir", d.run}, filepath.Join(d.state, "monitor.log")))
 	return oci.New(ctx, oci.Options{
 		StateDir: filepath.Join(d.state, "metal"), RunDir: filepath.Join(d.run, "metal"), Runc: filepath.Join(d.lib, "runc"),
 		Monitor: mon, Endpoint: links, CgroupParent: "/" + d.instance() + "/containers", Metal: true, InitPath: exe, Logger: log.With("part", "metal"),

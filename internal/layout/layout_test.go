@@ -79,6 +79,7 @@ var floors = []struct {
 	{"internal/rpc", 20},
 	{"internal/files", 15},
 	{"internal/clock", 15},
+	{"internal/spawn", 15},
 	{"api", 10},
 }
 

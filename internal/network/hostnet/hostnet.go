@@ -3,7 +3,7 @@
 //
 //	h, err := hostnet.New(hostnet.Options{Logger: log})
 //	err = h.Apply(ctx, &state)   // again and again; cheap when nothing changed
-//	err = h.Close()              // the kernel's state stays: workloads go on
+//	err = h.Close()              // the kernel's state stays: workloads go on; so does Options.Names
 //	err = h.Teardown(ctx)        // or: nothing of it is left
 //
 // What it makes, all of it recognisable by name:
@@ -39,6 +39,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	v1 "tandem/api/tandem/v1"
 	"tandem/internal/network"
 	"tandem/internal/network/endpoint"
 	"tandem/internal/network/names"
@@ -62,6 +63,9 @@ type Options struct {
 	MTU int
 	// NoNames leaves 169.254.1.1:53 alone.
 	NoNames bool
+	// Names is the name server as a process that outlives this one, started with
+	// NamesOptions; nil: it runs in this process.
+	Names *names.Apart
 	// ResolvConf lists the resolvers for all other names; "/etc/resolv.conf" if empty.
 	ResolvConf string
 	// Logger; slog.Default() if nil.
@@ -77,7 +81,7 @@ type Host struct {
 
 	mu     sync.Mutex
 	nft    *tables
-	dns    *names.Server
+	dns    nameServer
 	closed bool
 }
 
@@ -110,17 +114,44 @@ func New(o Options) (*Host, error) {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
 	h := &Host{o: o, log: o.Logger, nl: nl, nft: newTables(o.Table, o.Prefix, o.Logger)}
-	h.dns = h.newNames()
+	if h.dns = h.newNames(); o.Names != nil {
+		h.dns = o.Names
+	}
 	return h, nil
 }
 
-func (h *Host) newNames() *names.Server {
-	return names.New(names.Options{
+// NamesOptions are for a name server that guests find where the rules of a Host
+// lead them. resolvConf is Options.ResolvConf.
+func NamesOptions(resolvConf string, log *slog.Logger) names.Options {
+	return names.Options{
 		Listen:     netip.AddrPortFrom(gateway, dnsPort).String(),
 		AnyPort:    true,
-		ResolvConf: h.o.ResolvConf,
-		Logger:     h.log,
-	})
+		ResolvConf: resolvConf,
+		Logger:     log,
+	}
+}
+
+// nameServer is one in this process, or one apart.
+type nameServer interface {
+	Set([]*v1.NetworkSpec, []*v1.NameRecord)
+	Start() error
+	Port() uint16
+	Close() error // let go of it
+	Stop() error  // end it; Start begins anew
+}
+
+type inProcess struct{ *names.Server }
+
+func (s inProcess) Set(networks []*v1.NetworkSpec, records []*v1.NameRecord) {
+	if v, _ := names.NewView(networks, records); v != nil { // parse has told of errors
+		s.Server.Set(v)
+	}
+}
+
+func (s inProcess) Stop() error { return s.Close() }
+
+func (h *Host) newNames() nameServer {
+	return inProcess{names.New(NamesOptions(h.o.ResolvConf, h.log))}
 }
 
 // TapName implements network.Network.
@@ -184,7 +215,7 @@ func (h *Host) serveNames(w *wanted) error {
 	if h.o.NoNames {
 		return nil
 	}
-	h.dns.Set(w.view)
+	h.dns.Set(w.dnsNets, w.dnsNames)
 	if err := h.dns.Start(); err != nil {
 		return fmt.Errorf("name server on %s: %w", gateway, err)
 	}
@@ -213,7 +244,7 @@ func (h *Host) Teardown(ctx context.Context) error {
 	if h.closed {
 		return fmt.Errorf("the host's network is closed: %w", errdefs.ErrFailedPrecondition)
 	}
-	errs := []error{h.dns.Close()}
+	errs := []error{h.dns.Stop()}
 	// Links first: a link without its filter must never be up.
 	errs = append(errs, h.removeLinks())
 	if err := h.nft.remove(); err != nil {
@@ -222,6 +253,5 @@ func (h *Host) Teardown(ctx context.Context) error {
 	if others, err := h.nft.others(); err != nil || !others {
 		errs = append(errs, err, h.removeGateway())
 	}
-	h.dns = h.newNames()
 	return errors.Join(errs...)
 }

@@ -26,7 +26,8 @@ type wanted struct {
 	taps     []tapSpec
 	veths    []vethSpec
 	services map[svcKey][]netip.AddrPort // backends that are ready, sorted
-	view     *names.View
+	dnsNets  []*v1.NetworkSpec           // for the name server, as they came
+	dnsNames []*v1.NameRecord
 }
 
 type netSpec struct {
@@ -128,7 +129,7 @@ func (h *Host) parse(s *network.State) (w *wanted, skipped, err error) {
 	if view == nil {
 		return nil, nil, nameErr
 	}
-	w.view = view
+	w.dnsNets, w.dnsNames = s.Networks, s.Names
 	return w, errors.Join(portErr, nameErr), nil
 }
 

@@ -19,8 +19,6 @@ import (
 	"tandem/internal/network/internal/bed"
 )
 
-func TestMain(m *testing.M) { bed.Main(m) }
-
 const (
 	hostIP  = "192.0.2.1"
 	outerIP = "192.0.2.2"

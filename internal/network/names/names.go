@@ -19,6 +19,15 @@
 //	reverse of N's addresses   the name that has just this address
 //	all else                   forwarded; NXDOMAIN for internal networks
 //
+// On a host the server is a process of its own, so that names resolve while the
+// agent is away: Serve is that process, Apart its client in the agent.
+//
+//	err := names.Serve(ctx, run+"/names.sock", run+"/names.state", o)
+//
+//	a := names.NewApart(names.ApartOptions{Socket: run + "/names.sock", Spawn: start, Identity: id})
+//	a.Set(networks, records)
+//	err = a.Start() // again and again, as above
+//
 // Clients are hostile: sizes, times, connections and forwarded queries in flight
 // are bounded, in all and for each client.
 package names
@@ -60,6 +69,8 @@ type Options struct {
 	// Shuffle orders addresses; random if nil.
 	Shuffle func(n int, swap func(i, j int))
 	Logger  *slog.Logger
+	// Identity of the program, for Serve: a process of another one gives way.
+	Identity string
 }
 
 // Server answers queries. Its methods may be called from any goroutine.
@@ -157,6 +168,16 @@ func listen(addr string) (net.PacketConn, net.Listener, error) {
 	return pc, l, nil
 }
 
+// free tells whether no program has the server's port.
+func (s *Server) free() bool {
+	pc, l, err := listen(s.o.Listen)
+	if err == nil {
+		pc.Close()
+		l.Close()
+	}
+	return !errors.Is(err, syscall.EADDRINUSE)
+}
+
 // Port is where the server listens; 0 while it does not.
 func (s *Server) Port() uint16 {
 	s.mu.Lock()
@@ -165,13 +186,16 @@ func (s *Server) Port() uint16 {
 }
 
 // Close stops listening. Start may be called again.
-func (s *Server) Close() error {
+func (s *Server) Close() error { return s.closeWithin(time.Second) }
+
+// closeWithin lets queries under way end for so long.
+func (s *Server) closeWithin(d time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.udp == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
 	var errs []error
 	for _, d := range []*dns.Server{s.udp, s.tcp} {

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"sync"
 	"time"
 
@@ -27,37 +26,9 @@ type Client struct {
 }
 
 // NewClient makes a client of the monitor on socket. spawn, if not nil, starts
-// one when none answers; see Spawn. Nothing is dialled yet.
+// one when none answers; see package spawn. Nothing is dialled yet.
 func NewClient(socket string, spawn func() error) *Client {
 	return &Client{socket: socket, spawn: spawn}
-}
-
-// Spawn returns a function for NewClient that starts argv in a session of its
-// own (e.g. "tandem", "monitor", "--dir", dir, "--socket", socket); its log goes to
-// logPath ("" = nowhere). It is not a child that anyone waits for in vain: when it ends,
-// it is reaped.
-func Spawn(argv []string, logPath string) func() error {
-	return func() error {
-		if len(argv) == 0 {
-			return fmt.Errorf("start the monitor: no command: %w", errdefs.ErrInvalidArgument)
-		}
-		cmd := exec.Command(argv[0], argv[1:]...)
-		cmd.Dir = "/"
-		cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-		if logPath != "" {
-			f, err := os.OpenFile(logPath, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-			if err != nil {
-				return fmt.Errorf("start the monitor: %w", err)
-			}
-			defer f.Close()
-			cmd.Stdout, cmd.Stderr = f, f
-		}
-		if err := cmd.Start(); err != nil {
-			return fmt.Errorf("start the monitor: %w", err)
-		}
-		go func() { _ = cmd.Wait() }()
-		return nil
-	}
 }
 
 // dial connects, starting a monitor if that is needed and allowed.

@@ -17,6 +17,7 @@ import (
 	"tandem/internal/runtime/monitor"
 	"tandem/internal/runtime/oci"
 	"tandem/internal/runtime/runtimetest"
+	"tandem/internal/spawn"
 )
 
 // The test binary is the monitor too, as `tandem monitor` is on metal.
@@ -62,7 +63,7 @@ func newHost(t testing.TB) *host {
 func (h *host) configure() {
 	dir := h.dir
 	sock := filepath.Join(dir, "m.sock")
-	h.spawned = monitor.Spawn([]string{"/proc/self/exe", "serve-monitor", filepath.Join(dir, "m"), sock}, filepath.Join(dir, "monitor.log"))
+	h.spawned = spawn.Session([]string{"/proc/self/exe", "serve-monitor", filepath.Join(dir, "m"), sock}, filepath.Join(dir, "monitor.log"))
 	h.client = monitor.NewClient(sock, h.spawned)
 	h.opts = oci.Options{
 		StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run"), Runc: runtimetest.Runc(h.t),
