@@ -81,10 +81,10 @@ type chaos struct {
 
 // TestChaos kills Tandem's processes at random moments of up and down, and asks
 // after each round whether things are as they were asked to be, and nothing is
-// left over. TANDEM_CHAOS_ROUNDS rounds (6), from TANDEM_CHAOS_SEED (random).
+// left over. TANDEM_CHAOS_ROUNDS rounds (2), from TANDEM_CHAOS_SEED (1).
 func TestChaos(t *testing.T) {
-	rounds := envInt(t, "TANDEM_CHAOS_ROUNDS", 6)
-	seed := uint64(envInt(t, "TANDEM_CHAOS_SEED", int(time.Now().UnixNano()&0xffffffff)))
+	rounds := envInt(t, "TANDEM_CHAOS_ROUNDS", 2)
+	seed := uint64(envInt(t, "TANDEM_CHAOS_SEED", 1))
 	t.Logf("replay with TANDEM_CHAOS_SEED=%d TANDEM_CHAOS_ROUNDS=%d", seed, rounds)
 	c := &chaos{Host: host.New(t), t: t, flags: []string{"--idle-stop", "1s"}, killed: map[string]int{}, usual: map[string]time.Duration{}}
 	c.Launch(c.flags...)
