@@ -38,7 +38,7 @@ func (m *machine) tend(ctx context.Context, want *v1.MachineAssignment) (time.Du
 	}
 	idle, err := m.kernel.disks.sweep(call, sess, false, nil)
 	if err != nil {
-		m.log.Info("an unused disk stays for now", "error", err)
+		m.log.Info("an unused disk stays attached until the next try", "error", err)
 	}
 	if idle > 0 && (again == 0 || idle < again) {
 		again = idle

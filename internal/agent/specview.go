@@ -124,7 +124,7 @@ func (a *Agent) runMetal(ctx context.Context) {
 		for ctx.Err() == nil {
 			wait, err := a.metal.disks.sweep(ctx, sess, false, nil)
 			if err != nil {
-				a.log.Debug("an unused layer stays mounted for now", "error", err)
+				a.log.Debug("an unused layer stays mounted until the next try", "error", err)
 			}
 			select {
 			case <-ctx.Done():

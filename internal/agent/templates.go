@@ -115,7 +115,7 @@ func (t *templates) run(ctx context.Context) {
 		return
 	}
 	if err := t.clean(ctx); err != nil {
-		t.a.log.Warn("old templates stay for now", "error", err)
+		t.a.log.Warn("old templates stay until the next start", "error", err)
 	}
 	var retry backoff
 	for ctx.Err() == nil {
