@@ -53,7 +53,8 @@ func Serve(ctx context.Context, socket, stateFile string, o Options) error {
 	if err := takeOver(ctx, lock, socket, o); err != nil {
 		return err
 	}
-	if err := lock.Truncate(0); err == nil {
+	err = lock.Truncate(0)
+	if err == nil {
 		_, err = lock.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
 	}
 	if err != nil {
