@@ -177,12 +177,23 @@ func (h *Host) Launch(flags ...string) {
 
 // Kill9 kills `tandem serve` (nsenter's child too).
 func (h *Host) Kill9() {
-	for _, p := range h.Server() {
+	pids := h.Server()
+	for _, p := range pids {
 		unix.Kill(p, unix.SIGKILL)
 	}
 	(*h.serve).Process.Kill()
 	(*h.serve).Wait()
 	*h.serve = nil
+	// nsenter is gone; the server itself may still be letting go of its files.
+	h.Eventually(time.Minute, "the killed server is gone", func() error {
+		for _, p := range pids {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p))
+			if err == nil && !strings.Contains(string(stat), ") Z ") {
+				return fmt.Errorf("process %d: %s", p, stat)
+			}
+		}
+		return nil
+	})
 }
 
 // Try runs tandem in the host and returns what it printed on standard output;
