@@ -130,7 +130,7 @@ func resetCommand() *cobra.Command {
 }
 
 func reset(ctx context.Context, d *dirs) error {
-	if err := d.serverGone(); err != nil {
+	if err := d.serverGone(ctx, 5*time.Second); err != nil {
 		return err
 	}
 	if err := d.findLib(); err != nil {
@@ -179,8 +179,10 @@ func reset(ctx context.Context, d *dirs) error {
 	return nil
 }
 
-// serverGone refuses while a server or agent of these directories runs.
-func (d *dirs) serverGone() error {
+// serverGone refuses while a server of these directories runs. The lock of one
+// that was killed is free only when the last of its threads has ended: it is
+// given so much time.
+func (d *dirs) serverGone(ctx context.Context, wait time.Duration) error {
 	f, err := os.OpenFile(filepath.Join(d.state, "server", "server", "lock"), os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -189,10 +191,29 @@ func (d *dirs) serverGone() error {
 		return err
 	}
 	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("a server runs on %s: stop it first: %w", d.state, errdefs.ErrFailedPrecondition)
+	for end := time.Now().Add(wait); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock of %s: %w", d.state, err)
+		}
+		if !time.Now().Before(end) {
+			b := make([]byte, 32)
+			n, _ := f.ReadAt(b, 0)
+			who := ""
+			if pid := strings.TrimSpace(string(b[:n])); pid != "" && strings.Trim(pid, "0123456789") == "" {
+				who = " (pid " + pid + ")"
+			}
+			return fmt.Errorf("a server runs on %s%s: stop it first: %w", d.state, who, errdefs.ErrFailedPrecondition)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
 	}
-	return nil
 }
 
 // stopMonitor ends the monitor of the metal containers, found by its socket.
