@@ -187,9 +187,11 @@ func (h *Host) Kill9() {
 	// nsenter is gone; the server itself may still be letting go of its files.
 	h.Eventually(time.Minute, "the killed server is gone", func() error {
 		for _, p := range pids {
+			// A zombie may have threads that still end, and with them its files.
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p))
-			if err == nil && !strings.Contains(string(stat), ") Z ") {
-				return fmt.Errorf("process %d: %s", p, stat)
+			threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", p))
+			if err == nil && (!strings.Contains(string(stat), ") Z ") || len(threads) > 1) {
+				return fmt.Errorf("process %d with %d threads: %s", p, len(threads), stat)
 			}
 		}
 		return nil

@@ -368,3 +368,38 @@ func TestManyLayers(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A start whose caller went away is not lost and not made twice: the next one
+// takes over what the monitor made of it.
+func TestStartThatNobodyWaitedFor(t *testing.T) {
+	h := newHost(t)
+	rt := h.open()
+	cut := 0
+	for i := range 12 {
+		s := runtimetest.Spec(h.layer, "sleep", "1000")
+		if err := rt.Create(runtimetest.Context(t), s); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(10+8*i)*time.Millisecond)
+		if rt.Start(ctx, s.Id) != nil {
+			cut++
+		}
+		cancel()
+		if i%2 == 0 { // as after a restart
+			rt.Close()
+			rt = h.open()
+		}
+		if err := rt.Start(runtimetest.Context(t), s.Id); err != nil {
+			t.Fatalf("start again: %v", err)
+		}
+		if st := state(t, rt, s.Id); st.GetState() != v1.ContainerState_CONTAINER_STATE_RUNNING {
+			t.Fatalf("after the second start: %v", st)
+		}
+		if err := rt.Delete(runtimetest.Context(t), s.Id, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if cut == 0 {
+		t.Error("no start was cut off: the limits are too generous for this machine")
+	}
+}

@@ -118,7 +118,11 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 		return nil
 	}
 	s := c.spec
-	c.rec.Run++
+	// A start whose end nobody saw is asked for again under its own number: the
+	// monitor answers with what became of it, and nothing runs twice.
+	if !c.rec.Pending {
+		c.rec.Run, c.rec.Pending = c.rec.Run+1, true
+	}
 	run := c.rec.Run
 	err = r.save(c) // so that a later process tells this run from the one before
 	r.mu.Unlock()

@@ -27,7 +27,8 @@ var idPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
 
 // record is what is kept of a container beside its spec.
 type record struct {
-	Run        uint64    `json:"run"` // of the latest start asked for
+	Run        uint64    `json:"run"`     // of the latest start asked for
+	Pending    bool      `json:"pending"` // what became of it is not known yet
 	Boot       string    `json:"boot"`
 	Started    bool      `json:"started"` // the latest start ran
 	Ended      bool      `json:"ended"`   // ... and is over
@@ -207,6 +208,9 @@ func (r *Runtime) apply(st monitor.Status) {
 		return
 	}
 	c.rec.Run = st.Run
+	if st.State != monitor.Starting {
+		c.rec.Pending = false
+	}
 	switch st.State {
 	case monitor.Running:
 		r.markStarted(c, st)
