@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "tandem/api/tandem/v1"
@@ -282,6 +283,10 @@ func (a *Agent) distribute(spec *v1.HostSpec) {
 			a.containers[c.Id] = newContainer(a, c.Id, nil)
 		}
 	}
+	leaving := map[string]*durationpb.Duration{}
+	for _, l := range spec.Leaving {
+		leaving[l.Id] = l.StopTimeout
+	}
 	for id, m := range a.machines {
 		if spec.Incomplete && machines[id] == nil && !m.begun {
 			continue
@@ -296,7 +301,7 @@ func (a *Agent) distribute(spec *v1.HostSpec) {
 		if spec.Incomplete && containers[id] == nil && !c.begun {
 			continue
 		}
-		c.set(containers[id])
+		c.set(containers[id], leaving[id])
 		if !c.begun {
 			c.begun = true
 			a.spawn(c.run)
@@ -330,9 +335,9 @@ func (a *Agent) hasContainer(id string) bool {
 	return a.containers[id] != nil
 }
 
-// belongs says that a container that a runtime has is to be there. What is being
-// removed is not: when its kernel could not be talked to meanwhile, the kernel's
-// next session deletes it.
+// belongs says that a container that a runtime has is to be there, or that its
+// actor will remove it. What was removed while its kernel could not be talked to
+// is not: the kernel's next session deletes it.
 func (a *Agent) belongs(id string) bool {
 	a.mu.Lock()
 	c, incomplete := a.containers[id], a.spec.GetIncomplete()
@@ -363,7 +368,7 @@ func (a *Agent) dropContainer(c *container) {
 	if again != nil && a.ctx.Err() == nil {
 		n := newContainer(a, c.id, nil)
 		a.containers[c.id] = n
-		n.set(again)
+		n.set(again, nil)
 		n.begun = true
 		a.spawn(n.run)
 	}

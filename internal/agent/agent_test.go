@@ -151,6 +151,80 @@ func TestStopStartRemove(t *testing.T) {
 	})
 }
 
+// TestGraceOfWhatLeaves: the time that `down -t` gives comes with the intent that
+// the container is not in any more, is used by the next agent too, and a shorter
+// one counts at once.
+func TestGraceOfWhatLeaves(t *testing.T) {
+	rigged(t, func(r *rig) {
+		r.machine("m-1")
+		for _, id := range []string{"quick", "slow", "own"} {
+			r.container(id, "m-1", "stubborn").Spec.StopGracePeriod = durationpb.New(30 * time.Second)
+		}
+		r.apply()
+		r.until(10*time.Second, "running", func() bool {
+			return r.state("quick", running)() && r.state("slow", running)() && r.state("own", running)()
+		})
+		began := time.Now()
+		r.spec.Containers = nil
+		r.spec.Leaving = []*v1.LeavingContainer{{Id: "quick", StopTimeout: durationpb.New(3 * time.Second)}, {Id: "slow", StopTimeout: durationpb.New(10 * time.Minute)}}
+		r.apply()
+		left := func(n int) func() bool { return func() bool { return len(r.w.drv.ms["m-1"].rt.cs) == n } }
+		r.until(time.Minute, "the quick one is gone", left(2))
+		if d := time.Since(began).Round(time.Second); d != 3*time.Second {
+			t.Errorf("after %s, not 3 s", d)
+		}
+		r.until(time.Minute, "that without word is gone", left(1))
+		if d := time.Since(began).Round(time.Second); d != 30*time.Second {
+			t.Errorf("after %s, not its own 30 s", d)
+		}
+		// The next agent goes on with what the intent said, and a longer time than the
+		// one that runs changes nothing.
+		r.stop()
+		r.start()
+		r.spec.Leaving = []*v1.LeavingContainer{{Id: "slow", StopTimeout: durationpb.New(20 * time.Minute)}}
+		r.apply()
+		time.Sleep(2 * time.Minute)
+		if !r.peek(left(1)) {
+			t.Error("the slow one got less time than it was given")
+		}
+		began = time.Now()
+		r.spec.Leaving[0].StopTimeout = durationpb.New(0)
+		r.apply()
+		r.until(time.Minute, "the slow one is killed", left(0))
+		if d := time.Since(began).Round(time.Second); d != 0 {
+			t.Errorf("after %s, not at once", d)
+		}
+	})
+}
+
+// TestStopOutlivesTheAgent: an agent that was killed while it stopped a container is
+// followed by one that does not know yet whether the machine runs; it must not take
+// the container for ended.
+func TestStopOutlivesTheAgent(t *testing.T) {
+	rigged(t, func(r *rig) {
+		r.machine("m-1")
+		for _, in := range []string{"m-1", ""} {
+			c := r.container("c"+in, in, "stubborn")
+			c.Spec.StopGracePeriod = durationpb.New(30 * time.Second)
+		}
+		r.apply()
+		r.until(10*time.Second, "running", func() bool { return r.state("cm-1", running)() && r.state("c", running)() })
+		for _, c := range r.spec.Containers {
+			c.Stopped = true
+		}
+		r.apply()
+		r.stop()
+		r.start()
+		r.until(time.Minute, "stopped", func() bool { return r.state("cm-1", exited)() && r.state("c", exited)() })
+		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.cs["cm-1"].st.State != exited || r.w.rt.cs["c"].st.State != exited }) {
+			t.Error("a container runs that is said to have ended")
+		}
+		if st := r.status("cm-1"); st.ExitCode != 137 || st.FinishedAt == nil {
+			t.Errorf("how it ended is not known: %v", st)
+		}
+	})
+}
+
 func TestHold(t *testing.T) {
 	rigged(t, func(r *rig) {
 		c := r.container("c-1", "")

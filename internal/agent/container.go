@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "tandem/api/tandem/v1"
 )
@@ -32,12 +33,14 @@ type container struct {
 
 	mu        sync.Mutex
 	want      *v1.ContainerAssignment // nil: it shall be gone
+	leave     *durationpb.Duration    // how long it may take for that, where somebody said so
+	ending    *ending                 // the call of Stop that is under way
 	changed   bool                    // want is new since the last step
 	interrupt context.CancelFunc      // ends what may be given up when want changes
 	results   []probeOf               // of health checks, not yet judged
 	place     string                  // machine that it is in, for calls from outside
 
-	leaving atomic.Bool // it is being removed
+	leaving atomic.Bool // it goes without its kernel being asked: see dismantle
 
 	// The rest belongs to the actor's goroutine.
 	rec       *containerRecord
@@ -69,19 +72,38 @@ func newContainer(a *Agent, id string, rec *containerRecord) *container {
 	return c
 }
 
-// set gives the actor its intent.
-func (c *container) set(want *v1.ContainerAssignment) {
+// ending is a call of Stop under way.
+type ending struct {
+	grace time.Duration
+	cut   context.CancelFunc
+}
+
+// set gives the actor its intent; leave says how long the container may take to
+// end when it is to be gone, nil: as before. A stop under way that would take
+// longer than is allowed now is given up, and begins again.
+func (c *container) set(want *v1.ContainerAssignment, leave *durationpb.Duration) {
 	c.mu.Lock()
-	same := proto.Equal(c.want, want) && (c.want == nil) == (want == nil)
+	same := proto.Equal(c.want, want) && (c.want == nil) == (want == nil) && proto.Equal(c.leave, leave)
 	if !same {
-		c.want, c.changed = want, true
+		c.want, c.leave, c.changed = want, leave, true
 		if c.interrupt != nil {
 			c.interrupt()
 		}
+		c.hasten()
 	}
 	c.mu.Unlock()
 	if !same {
 		c.poke()
+	}
+}
+
+// hasten gives up a stop under way that is to be a quicker one; with c.mu.
+func (c *container) hasten() {
+	if c.ending == nil || c.want != nil && !c.want.Stopped {
+		return
+	}
+	if g, told := toldGrace(c.want, c.leave); told && g < c.ending.grace {
+		c.ending.cut()
 	}
 }
 

@@ -25,8 +25,14 @@ func (c *container) dismantle(ctx context.Context, want *v1.ContainerAssignment)
 		}
 	}
 	o := k.observe(c.id)
-	if o.sess == nil && !o.gone && k.disks.running() {
+	if o.sess == nil && !o.gone && k.mayRun() {
 		return waiting(k.String() + ", to remove it there: " + o.why)
+	}
+	if o.sess == nil && want == nil {
+		// Nobody can be asked to remove it there. A session that opens from now on
+		// does that by itself; one that opened just now is asked.
+		c.leaving.Store(true)
+		o = k.observe(c.id)
 	}
 	if o.sess != nil && (o.st != nil || r.Made) {
 		if r.Running {
@@ -68,7 +74,6 @@ func (c *container) replace(ctx context.Context, want *v1.ContainerAssignment) e
 // remove makes the container and everything that was made for it be gone.
 func (c *container) remove(ctx context.Context) error {
 	c.phase = v1.ContainerState_CONTAINER_STATE_REMOVING
-	c.leaving.Store(true) // before dismantle looks at the kernel: see belongs
 	if c.rec == nil {
 		c.rec = &containerRecord{}
 	}

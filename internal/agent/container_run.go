@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "tandem/api/tandem/v1"
 )
@@ -93,17 +94,29 @@ func (c *container) lost(why string) {
 }
 
 // grace is how long a container may take to end. One that is to go has no
-// assignment any more, and keeps what its last one said.
+// assignment any more, and keeps what its last one said unless it was told anew.
 func (c *container) grace(want *v1.ContainerAssignment) time.Duration {
-	switch {
-	case want == nil && c.rec.GraceKnown:
+	c.mu.Lock()
+	leave := c.leave
+	c.mu.Unlock()
+	if g, told := toldGrace(want, leave); told {
+		return g
+	}
+	if want == nil && c.rec.GraceKnown {
 		return c.rec.Grace
-	case want.GetStopTimeout() != nil:
-		return max(0, want.StopTimeout.AsDuration())
-	case want.GetSpec().GetStopGracePeriod() != nil:
-		return max(0, want.Spec.StopGracePeriod.AsDuration())
 	}
 	return c.a.o.Tuning.StopGrace
+}
+
+// toldGrace is the time that an intent gives a container to end, if it says so.
+func toldGrace(want *v1.ContainerAssignment, leave *durationpb.Duration) (time.Duration, bool) {
+	d := leave
+	if want != nil {
+		if d = want.GetStopTimeout(); d == nil {
+			d = want.GetSpec().GetStopGracePeriod()
+		}
+	}
+	return max(0, d.AsDuration()), d != nil
 }
 
 // stop ends a running container: signal, grace, kill. Without a session there
@@ -111,7 +124,7 @@ func (c *container) grace(want *v1.ContainerAssignment) time.Duration {
 func (c *container) stop(ctx context.Context, want *v1.ContainerAssignment, o observation) error {
 	c.stopCheck()
 	if o.sess == nil {
-		if c.k.disks.running() {
+		if c.k.mayRun() {
 			return waiting(c.k.String() + ", to stop it there: " + o.why)
 		}
 		c.rec.Running = false
@@ -121,7 +134,14 @@ func (c *container) stop(ctx context.Context, want *v1.ContainerAssignment, o ob
 	grace := c.grace(want)
 	ctx, cancel := context.WithTimeout(ctx, grace+c.a.o.Tuning.CallTimeout)
 	defer cancel()
+	c.mu.Lock()
+	c.ending = &ending{grace, cancel}
+	c.hasten()
+	c.mu.Unlock()
 	st, err := o.sess.rt.Stop(ctx, c.id, "", grace)
+	c.mu.Lock()
+	c.ending = nil
+	c.mu.Unlock()
 	switch {
 	case errdefs.IsNotFound(err):
 		c.k.forget(c.id)

@@ -15,7 +15,8 @@ import (
 	"tandem/internal/runtime"
 )
 
-// fakeRuntime runs programs by name: "sleep" for ever, "run DURATION CODE".
+// fakeRuntime runs programs by name: "sleep" for ever, "run DURATION CODE",
+// "stubborn" until it is killed.
 type fakeRuntime struct {
 	w       *world
 	mu      sync.Mutex
@@ -173,13 +174,30 @@ func (r *fakeRuntime) Stop(ctx context.Context, id, sig string, grace time.Durat
 	if err != nil {
 		return nil, err
 	}
-	defer un()
+	defer func() { un() }()
 	c := r.cs[id]
 	if c == nil {
 		return nil, errdefs.ErrNotFound
 	}
 	r.grace = grace
-	r.end(c, 143)
+	if c.spec.Args[0] != "stubborn" || c.st.State != v1.ContainerState_CONTAINER_STATE_RUNNING {
+		r.end(c, 143)
+		return proto.Clone(c.st).(*v1.RuntimeStatus), nil
+	}
+	ended := c.ended
+	un()
+	un = func() {}
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(grace):
+	}
+	if un, err = r.lock(); err != nil {
+		un = func() {}
+		return nil, err
+	}
+	r.end(c, 137)
 	return proto.Clone(c.st).(*v1.RuntimeStatus), nil
 }
 

@@ -39,6 +39,7 @@ type kernel struct {
 	why      string // why there is no session
 	gone     bool   // the machine does not exist any more
 	down     bool   // the machine shall not run: nothing will start here
+	looked   bool   // somebody has looked whether it runs
 }
 
 // session is one connection to a kernel's runtime.
@@ -148,6 +149,26 @@ func (k *kernel) setDown(why string, down bool) {
 	k.wakeAll()
 }
 
+// found says that disks tells from now on whether the kernel runs.
+func (k *kernel) found() {
+	k.mu.Lock()
+	news := !k.looked
+	k.looked = true
+	k.mu.Unlock()
+	if news {
+		k.wakeAll()
+	}
+}
+
+// mayRun says that containers may run here: until somebody has looked, nobody
+// knows that they don't.
+func (k *kernel) mayRun() bool {
+	k.mu.Lock()
+	looked := k.looked
+	k.mu.Unlock()
+	return !looked || k.disks.running()
+}
+
 // setGone says that the machine was deleted.
 func (k *kernel) setGone() {
 	k.close(nil, "its machine is gone")
@@ -177,7 +198,7 @@ func (k *kernel) close(s *session, why string) {
 // once, so that no actor acts on what it does not know, and then follows the
 // runtime's events until the session ends.
 func (k *kernel) open(s *session) error {
-	ev, err := k.list(s)
+	ev, ids, err := k.list(s)
 	if err != nil {
 		return err
 	}
@@ -185,16 +206,18 @@ func (k *kernel) open(s *session) error {
 	k.sess, k.why, k.gone, k.down = s, "", false, false
 	k.mu.Unlock()
 	k.wakeAll()
+	go k.deleteStrangers(s, ids) // only now: who gave up for want of a session is known by now, see dismantle
 	go k.follow(s, ev)
 	return nil
 }
 
-// list subscribes to events and then lists: nothing falls between.
-func (k *kernel) list(s *session) (<-chan *v1.RuntimeEvent, error) {
+// list subscribes to events and then lists, so that nothing falls between. It
+// returns the ids of what is there.
+func (k *kernel) list(s *session) (<-chan *v1.RuntimeEvent, []string, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
-	fail := func(what string, err error) (<-chan *v1.RuntimeEvent, error) {
+	fail := func(what string, err error) (<-chan *v1.RuntimeEvent, []string, error) {
 		cancel()
-		return nil, fmt.Errorf("%s: %s: %w", k, what, err)
+		return nil, nil, fmt.Errorf("%s: %s: %w", k, what, err)
 	}
 	ev, err := s.rt.Events(ctx)
 	if err != nil {
@@ -221,27 +244,24 @@ func (k *kernel) list(s *session) (<-chan *v1.RuntimeEvent, error) {
 		return fail("list", fmt.Errorf("%d containers reported, more than %d: %w", len(list), maxStatuses, errdefs.ErrOutOfRange))
 	}
 	seen := map[string]*v1.RuntimeStatus{}
-	var strangers []string
+	var ids []string
 	for _, st := range list {
-		switch {
-		case !validID.MatchString(st.GetId()):
-		case k.known(st.Id):
+		if !validID.MatchString(st.GetId()) {
+			continue
+		}
+		ids = append(ids, st.Id)
+		if k.known(st.Id) {
 			seen[st.Id] = tidy(st)
-		default:
-			strangers = append(strangers, st.Id)
 		}
 	}
 	k.mu.Lock()
 	k.seen = seen
 	k.mu.Unlock()
-	if len(strangers) > 0 {
-		go k.deleteStrangers(s, strangers)
-	}
-	return ev, nil
+	return ev, ids, nil
 }
 
-// deleteStrangers removes containers that nobody asked for (their removal was
-// cut short by a crash).
+// deleteStrangers removes those of the containers that nobody asked for (their
+// removal was cut short by a crash).
 func (k *kernel) deleteStrangers(s *session, ids []string) {
 	for _, id := range ids {
 		if k.known(id) {
@@ -269,9 +289,11 @@ func (k *kernel) follow(s *session, ev <-chan *v1.RuntimeEvent) {
 			case <-k.clock.After(delay):
 			}
 			delay = min(2*delay, 10*time.Second)
-			var err error
-			if ev, err = k.list(s); err == nil {
+			next, ids, err := k.list(s)
+			if err == nil {
+				ev = next
 				k.wakeAll()
+				go k.deleteStrangers(s, ids)
 				break
 			}
 			k.log.Debug("runtime events", "kernel", k.String(), "error", err)

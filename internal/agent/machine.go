@@ -252,6 +252,7 @@ func (m *machine) reconcile(ctx, soft context.Context, want *v1.MachineAssignmen
 		if m.patience.IsZero() { // found running, or its session was lost just now
 			m.patience = m.a.o.Clock.Now().Add(m.a.o.Tuning.BootTimeout)
 			m.kernel.disks.adopt(m.boot(), st.Disks)
+			m.kernel.found()
 			m.kernel.wakeAll()
 		}
 		if err := m.connect(ctx, soft, want); err != nil {
@@ -280,6 +281,7 @@ func (m *machine) down(why string) {
 	m.kernel.close(nil, why)
 	m.closeLink()
 	m.kernel.disks.reset("")
+	m.kernel.found()
 	m.patience = time.Time{}
 }
 

@@ -105,6 +105,7 @@ func (a *Agent) metalDisks() *diskSet {
 func (a *Agent) runMetal(ctx context.Context) {
 	boot := "host-" + a.bootID
 	a.metal.disks.reset(boot)
+	a.metal.found()
 	var retry backoff
 	for ctx.Err() == nil {
 		sctx, end := context.WithCancel(ctx)

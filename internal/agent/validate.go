@@ -27,7 +27,7 @@ func validateSpec(s *v1.HostSpec) error {
 	if s.ClusterId == "" {
 		return bad("no cluster id")
 	}
-	if len(s.Machines) > maxMachines || len(s.Containers) > maxContainers || len(s.Volumes) > maxVolumes || len(s.DeletedVolumes) > maxVolumes {
+	if len(s.Machines) > maxMachines || len(s.Containers) > maxContainers || len(s.Volumes) > maxVolumes || len(s.DeletedVolumes) > maxVolumes || len(s.Leaving) > maxContainers {
 		return bad("too many machines (%d), containers (%d) or volumes (%d)", len(s.Machines), len(s.Containers), len(s.Volumes))
 	}
 	machines := map[string]bool{}
@@ -48,6 +48,11 @@ func validateSpec(s *v1.HostSpec) error {
 		}
 		if c.Spec == nil {
 			return bad("container %s has no spec", c.Id)
+		}
+	}
+	for _, l := range s.Leaving {
+		if !validID.MatchString(l.GetId()) {
+			return bad("container id %q is malformed", l.GetId())
 		}
 	}
 	volumes := map[string]bool{}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -25,6 +26,7 @@ import (
 type fakeServer struct {
 	created *v1.CreateContainerRequest
 	execed  *v1.ExecSpec
+	removed *v1.RemoveProjectRequest
 }
 
 func (f *fakeServer) list() []*v1.Container {
@@ -87,6 +89,19 @@ func (f containers) Exec(_ context.Context, st *connect.BidiStream[v1.StreamInpu
 	}
 }
 
+type projects struct {
+	tandemv1connect.UnimplementedProjectServiceHandler
+	*fakeServer
+}
+
+func (f projects) Remove(_ context.Context, r *connect.Request[v1.RemoveProjectRequest], st *connect.ServerStream[v1.Progress]) error {
+	f.removed = r.Msg
+	if r.Msg.Project != "shop" {
+		return fmt.Errorf("no project %s: %w", r.Msg.Project, errdefs.ErrNotFound)
+	}
+	return st.Send(&v1.Progress{Id: "project shop", Action: "removed", Done: true})
+}
+
 type machines struct {
 	tandemv1connect.UnimplementedMachineServiceHandler
 }
@@ -123,7 +138,7 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewProjectServiceHandler(tandemv1connect.UnimplementedProjectServiceHandler{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewProjectServiceHandler(projects{fakeServer: f}, rpc.HandlerOptions()...))
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
@@ -275,5 +290,37 @@ func TestProgressSaysEachStepOnce(t *testing.T) {
 	}
 	if n := strings.Count(b.String(), "\n"); n != 3 {
 		t.Errorf("%d lines:\n%s", n, b.String())
+	}
+}
+
+func TestDown(t *testing.T) {
+	f := &fakeServer{}
+	tandem := start(t, f)
+	for _, x := range []struct {
+		args    string
+		project string
+		volumes bool
+		grace   time.Duration // -1: none given
+		warns   bool
+	}{
+		{"down -p shop", "shop", false, -1, false},
+		{"down -p shop -v -t 7", "shop", true, 7 * time.Second, false},
+		{"down -p shop --timeout 0", "shop", false, 0, false},
+		{"down -p gone", "gone", false, -1, true},
+		{"down -p gone -v", "gone", true, -1, true},
+	} {
+		out, errs, code := tandem("", strings.Fields(x.args)...)
+		if code != ExitDone || out != "" || strings.Contains(errs, "warning: no project "+x.project) != x.warns {
+			t.Errorf("%s: code %d, %q, %q", x.args, code, out, errs)
+		}
+		r := f.removed
+		if r.Project != x.project || r.Volumes != x.volumes || !r.Wait || (r.Timeout == nil) != (x.grace < 0) || r.Timeout != nil && r.Timeout.AsDuration() != x.grace {
+			t.Errorf("%s asked for %v", x.args, r)
+		}
+	}
+	for _, bad := range []string{"-1", "10s"} {
+		if _, errs, code := tandem("", "down", "-p", "shop", "-t", bad); code != ExitUsage {
+			t.Errorf("-t %s: code %d, %s", bad, code, errs)
+		}
 	}
 }

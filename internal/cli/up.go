@@ -14,6 +14,7 @@ import (
 	"tandem/internal/compose"
 
 	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -195,11 +196,13 @@ func actionText(x *v1.PlanAction) string {
 
 func (a *app) down() *cobra.Command {
 	var volumes bool
-	var timeout time.Duration
+	var timeout int
 	c := &cobra.Command{
 		Use:   "down",
 		Short: "Stop and remove a project's containers and networks",
-		Args:  cobra.NoArgs,
+		Long: `Stops a project's containers, those first that need others, and removes them with
+the project's networks. Of a project that is not there, nothing is left to do.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			api, err := a.api()
 			if err != nil {
@@ -213,18 +216,25 @@ func (a *app) down() *cobra.Command {
 				return usageError("no Compose file here: name the project with -p, or the file with -f")
 			}
 			req := &v1.RemoveProjectRequest{Project: name, Volumes: volumes, Wait: true}
-			if timeout > 0 {
-				req.Timeout = durationpb.New(timeout)
+			if cmd.Flags().Changed("timeout") {
+				if timeout < 0 {
+					return usageError("--timeout %d: give a number of seconds", timeout)
+				}
+				req.Timeout = durationpb.New(time.Duration(timeout) * time.Second)
 			}
 			st, err := api.projects.Remove(cmd.Context(), connect.NewRequest(req))
-			if err != nil {
-				return err
+			if err == nil {
+				err = a.follow(st)
 			}
-			return a.follow(st)
+			if errdefs.IsNotFound(err) {
+				fmt.Fprintf(a.env.Stderr, "warning: no project %s: there is nothing to remove\n", printable(name))
+				return nil
+			}
+			return err
 		},
 	}
 	c.Flags().BoolVarP(&volumes, "volumes", "v", false, "remove its named volumes too, with their data")
-	c.Flags().DurationVarP(&timeout, "timeout", "t", 0, "give each container this long to stop")
+	c.Flags().IntVarP(&timeout, "timeout", "t", 10, "seconds that each container has to stop, instead of its own stop_grace_period")
 	return c
 }
 

@@ -86,6 +86,8 @@ type deployment struct {
 	again    time.Duration
 }
 
+// remove marks a container as going. What `down` said last of how long it may take
+// to end counts; what a stop or restart said before does not.
 func (d *deployment) remove(x *v1.Container) {
 	if x.Meta.Deleting || d.marked[x.Meta.Id] {
 		return
@@ -97,6 +99,9 @@ func (d *deployment) remove(x *v1.Container) {
 	x = clone(x)
 	x.Meta.Deleting = true
 	x.Meta.Generation++
+	if p := d.projects[x.Meta.Project]; p != nil && !p.Meta.Deleting {
+		x.StopTimeout = nil
+	}
 	d.tx.Update(x)
 }
 

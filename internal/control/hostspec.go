@@ -46,6 +46,9 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 	used := map[string]bool{}
 	for _, c := range snap.Containers {
 		a := c.GetAssignment()
+		if a.GetHostId() == hostID && c.Meta.Deleting && c.StopTimeout != nil {
+			spec.Leaving = append(spec.Leaving, &v1.LeavingContainer{Id: c.Meta.Id, StopTimeout: c.StopTimeout})
+		}
 		if a.GetHostId() != hostID || c.Meta.Deleting || (a.MachineId != "" && !machines[a.MachineId]) {
 			continue
 		}

@@ -186,9 +186,7 @@ func (k *containers) Stop(ctx context.Context, req *connect.Request[v1.StopConta
 	}
 	out, err := s.change(ctx, r.Selector, func(c *v1.Container) error {
 		c.Stopped = true
-		if r.Timeout != nil {
-			c.StopTimeout = r.Timeout
-		}
+		c.StopTimeout = r.Timeout
 		return nil
 	})
 	if err != nil {
@@ -240,9 +238,7 @@ func (k *containers) Restart(ctx context.Context, req *connect.Request[v1.StopCo
 	out, err := s.change(ctx, r.Selector, func(c *v1.Container) error {
 		c.Stopped, c.Paused = false, false
 		c.RestartGeneration++
-		if r.Timeout != nil {
-			c.StopTimeout = r.Timeout
-		}
+		c.StopTimeout = r.Timeout
 		return nil
 	})
 	if err != nil {
@@ -271,7 +267,7 @@ func (k *containers) Remove(ctx context.Context, req *connect.Request[v1.RemoveC
 			}
 			return fmt.Errorf("container %s is %s: stop it first, or use --force: %w", c.Meta.Name, stateWord(c), errdefs.ErrFailedPrecondition)
 		}
-		c.Meta.Deleting = true
+		c.Meta.Deleting, c.StopTimeout = true, nil
 		return nil
 	})
 	if err != nil {

@@ -7,7 +7,6 @@ import (
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/store"
@@ -80,7 +79,7 @@ func (p *projects) write(ctx context.Context, r *v1.ApplyProjectRequest, show fu
 		if r.PlanOnly {
 			return d, nil
 		}
-		_, err = d.tx.Commit(ctx)
+		_, err = d.tx.Commit(store.Growing(ctx))
 		if err == nil {
 			return d, nil
 		}
@@ -127,29 +126,34 @@ func (s *Server) removeProject(ctx context.Context, r *v1.RemoveProjectRequest) 
 				proj = x
 			}
 		}
-		if proj == nil {
-			return fmt.Errorf("no project %s: `tandem ps --all` shows what there is: %w", r.Project, errdefs.ErrNotFound)
-		}
-		n := proto.Clone(proj).(*v1.Project)
-		n.Meta.Deleting = true
-		if !proto.Equal(n, proj) {
-			n.Meta.Generation++
-			tx.Update(n)
-		}
+		left := 0 // volumes that stayed when the project went
 		for _, v := range snap.Volumes {
-			if r.Volumes && v.Meta.Project == r.Project && !v.External && !v.Meta.Deleting {
-				v = proto.Clone(v).(*v1.Volume)
-				v.Meta.Deleting = true
-				tx.Update(v)
+			if r.Volumes && v.Meta.Project == r.Project && !v.External {
+				left++
+				if !v.Meta.Deleting {
+					v = proto.Clone(v).(*v1.Volume)
+					v.Meta.Deleting = true
+					tx.Update(v)
+				}
 			}
 		}
-		if r.Timeout != nil {
-			for _, c := range snap.Containers {
-				if c.Meta.Project == r.Project && !c.Meta.Deleting && !proto.Equal(c.StopTimeout, r.Timeout) {
-					c = proto.Clone(c).(*v1.Container)
-					c.StopTimeout = durationpb.New(r.Timeout.AsDuration())
-					tx.Update(c)
-				}
+		switch {
+		case proj == nil && snap.Broken(projectKey(r.Project)):
+			return fmt.Errorf("the record of project %s can't be read: `tandem doctor` says why: %w", r.Project, errdefs.ErrFailedPrecondition)
+		case proj == nil && left == 0:
+			return fmt.Errorf("no project %s: `tandem ps --all` shows what there is: %w", r.Project, errdefs.ErrNotFound)
+		case proj != nil && !proj.Meta.Deleting:
+			proj = proto.Clone(proj).(*v1.Project)
+			proj.Meta.Deleting = true
+			proj.Meta.Generation++
+			tx.Update(proj)
+		}
+		// Also of those that are going: who says it again is in a hurry.
+		for _, c := range snap.Containers {
+			if c.Meta.Project == r.Project && !proto.Equal(c.StopTimeout, r.Timeout) && (r.Timeout != nil || !c.Meta.Deleting) {
+				c = proto.Clone(c).(*v1.Container)
+				c.StopTimeout = r.Timeout
+				tx.Update(c)
 			}
 		}
 		_, err := tx.Commit(ctx)

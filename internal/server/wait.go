@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -348,7 +349,8 @@ func (s *Server) waitRemoved(ctx context.Context, r *v1.RemoveProjectRequest, se
 				}
 			}
 		}
-		if _, err := store.Get[*v1.Project](s.store, projectKey(r.Project)); errdefs.IsNotFound(err) {
+		going := func(v *v1.Volume) bool { return v.Meta.Project == r.Project && v.Meta.Deleting }
+		if _, err := store.Get[*v1.Project](s.store, projectKey(r.Project)); errdefs.IsNotFound(err) && !slices.ContainsFunc(snap.Volumes, going) {
 			return send(&v1.Progress{Id: "project " + r.Project, Action: "removed", Done: true, At: timestamppb.New(s.clock.Now())})
 		}
 		select {

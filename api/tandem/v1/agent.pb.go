@@ -432,7 +432,10 @@ type HostSpec struct {
 	DeletedVolumes []string `protobuf:"bytes,9,rep,name=deleted_volumes,json=deletedVolumes,proto3" json:"deleted_volumes,omitempty"`
 	// incomplete says that the server could not read some of its records: what is
 	// missing here stays as it is until a complete spec comes.
-	Incomplete    bool `protobuf:"varint,10,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	Incomplete bool `protobuf:"varint,10,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	// leaving says how long containers that are not in containers any more may take
+	// to end, where somebody said so just then (`down -t`).
+	Leaving       []*LeavingContainer `protobuf:"bytes,11,rep,name=leaving,proto3" json:"leaving,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -537,6 +540,65 @@ func (x *HostSpec) GetIncomplete() bool {
 	return false
 }
 
+func (x *HostSpec) GetLeaving() []*LeavingContainer {
+	if x != nil {
+		return x.Leaving
+	}
+	return nil
+}
+
+type LeavingContainer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	StopTimeout   *durationpb.Duration   `protobuf:"bytes,2,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeavingContainer) Reset() {
+	*x = LeavingContainer{}
+	mi := &file_tandem_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeavingContainer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeavingContainer) ProtoMessage() {}
+
+func (x *LeavingContainer) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeavingContainer.ProtoReflect.Descriptor instead.
+func (*LeavingContainer) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *LeavingContainer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *LeavingContainer) GetStopTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.StopTimeout
+	}
+	return nil
+}
+
 type MachineAssignment struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
 	Id                string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`           // "m-3f9c…": unique for ever
@@ -556,7 +618,7 @@ type MachineAssignment struct {
 
 func (x *MachineAssignment) Reset() {
 	*x = MachineAssignment{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[5]
+	mi := &file_tandem_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +630,7 @@ func (x *MachineAssignment) String() string {
 func (*MachineAssignment) ProtoMessage() {}
 
 func (x *MachineAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[5]
+	mi := &file_tandem_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +643,7 @@ func (x *MachineAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineAssignment.ProtoReflect.Descriptor instead.
 func (*MachineAssignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *MachineAssignment) GetId() string {
@@ -684,7 +746,7 @@ type ContainerAssignment struct {
 
 func (x *ContainerAssignment) Reset() {
 	*x = ContainerAssignment{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[6]
+	mi := &file_tandem_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +758,7 @@ func (x *ContainerAssignment) String() string {
 func (*ContainerAssignment) ProtoMessage() {}
 
 func (x *ContainerAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[6]
+	mi := &file_tandem_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +771,7 @@ func (x *ContainerAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerAssignment.ProtoReflect.Descriptor instead.
 func (*ContainerAssignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ContainerAssignment) GetId() string {
@@ -828,7 +890,7 @@ type AssignedMount struct {
 
 func (x *AssignedMount) Reset() {
 	*x = AssignedMount{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[7]
+	mi := &file_tandem_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +902,7 @@ func (x *AssignedMount) String() string {
 func (*AssignedMount) ProtoMessage() {}
 
 func (x *AssignedMount) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[7]
+	mi := &file_tandem_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +915,7 @@ func (x *AssignedMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignedMount.ProtoReflect.Descriptor instead.
 func (*AssignedMount) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AssignedMount) GetTarget() string {
@@ -889,7 +951,7 @@ type VolumeAssignment struct {
 
 func (x *VolumeAssignment) Reset() {
 	*x = VolumeAssignment{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[8]
+	mi := &file_tandem_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +963,7 @@ func (x *VolumeAssignment) String() string {
 func (*VolumeAssignment) ProtoMessage() {}
 
 func (x *VolumeAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[8]
+	mi := &file_tandem_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +976,7 @@ func (x *VolumeAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeAssignment.ProtoReflect.Descriptor instead.
 func (*VolumeAssignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *VolumeAssignment) GetId() string {
@@ -960,7 +1022,7 @@ type NetworkSpec struct {
 
 func (x *NetworkSpec) Reset() {
 	*x = NetworkSpec{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[9]
+	mi := &file_tandem_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1034,7 @@ func (x *NetworkSpec) String() string {
 func (*NetworkSpec) ProtoMessage() {}
 
 func (x *NetworkSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[9]
+	mi := &file_tandem_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1047,7 @@ func (x *NetworkSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkSpec.ProtoReflect.Descriptor instead.
 func (*NetworkSpec) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NetworkSpec) GetId() string {
@@ -1049,7 +1111,7 @@ type PublishedPort struct {
 
 func (x *PublishedPort) Reset() {
 	*x = PublishedPort{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[10]
+	mi := &file_tandem_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1123,7 @@ func (x *PublishedPort) String() string {
 func (*PublishedPort) ProtoMessage() {}
 
 func (x *PublishedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[10]
+	mi := &file_tandem_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1136,7 @@ func (x *PublishedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishedPort.ProtoReflect.Descriptor instead.
 func (*PublishedPort) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PublishedPort) GetProtocol() string {
@@ -1117,7 +1179,7 @@ type Backend struct {
 
 func (x *Backend) Reset() {
 	*x = Backend{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[11]
+	mi := &file_tandem_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +1191,7 @@ func (x *Backend) String() string {
 func (*Backend) ProtoMessage() {}
 
 func (x *Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[11]
+	mi := &file_tandem_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +1204,7 @@ func (x *Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Backend.ProtoReflect.Descriptor instead.
 func (*Backend) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Backend) GetIp() string {
@@ -1184,7 +1246,7 @@ type NameRecord struct {
 
 func (x *NameRecord) Reset() {
 	*x = NameRecord{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[12]
+	mi := &file_tandem_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1258,7 @@ func (x *NameRecord) String() string {
 func (*NameRecord) ProtoMessage() {}
 
 func (x *NameRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[12]
+	mi := &file_tandem_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1271,7 @@ func (x *NameRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NameRecord.ProtoReflect.Descriptor instead.
 func (*NameRecord) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NameRecord) GetNetwork() string {
@@ -1242,7 +1304,7 @@ type ApplyHostRequest struct {
 
 func (x *ApplyHostRequest) Reset() {
 	*x = ApplyHostRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[13]
+	mi := &file_tandem_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1254,7 +1316,7 @@ func (x *ApplyHostRequest) String() string {
 func (*ApplyHostRequest) ProtoMessage() {}
 
 func (x *ApplyHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[13]
+	mi := &file_tandem_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1267,7 +1329,7 @@ func (x *ApplyHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyHostRequest.ProtoReflect.Descriptor instead.
 func (*ApplyHostRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ApplyHostRequest) GetSpec() *HostSpec {
@@ -1286,7 +1348,7 @@ type ApplyHostResponse struct {
 
 func (x *ApplyHostResponse) Reset() {
 	*x = ApplyHostResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[14]
+	mi := &file_tandem_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1360,7 @@ func (x *ApplyHostResponse) String() string {
 func (*ApplyHostResponse) ProtoMessage() {}
 
 func (x *ApplyHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[14]
+	mi := &file_tandem_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1373,7 @@ func (x *ApplyHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyHostResponse.ProtoReflect.Descriptor instead.
 func (*ApplyHostResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ApplyHostResponse) GetRevision() uint64 {
@@ -1329,7 +1391,7 @@ type WatchHostRequest struct {
 
 func (x *WatchHostRequest) Reset() {
 	*x = WatchHostRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[15]
+	mi := &file_tandem_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1403,7 @@ func (x *WatchHostRequest) String() string {
 func (*WatchHostRequest) ProtoMessage() {}
 
 func (x *WatchHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[15]
+	mi := &file_tandem_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1416,7 @@ func (x *WatchHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchHostRequest.ProtoReflect.Descriptor instead.
 func (*WatchHostRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 type HostStatus struct {
@@ -1378,7 +1440,7 @@ type HostStatus struct {
 
 func (x *HostStatus) Reset() {
 	*x = HostStatus{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[16]
+	mi := &file_tandem_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1452,7 @@ func (x *HostStatus) String() string {
 func (*HostStatus) ProtoMessage() {}
 
 func (x *HostStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[16]
+	mi := &file_tandem_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1465,7 @@ func (x *HostStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatus.ProtoReflect.Descriptor instead.
 func (*HostStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HostStatus) GetFull() bool {
@@ -1496,7 +1558,7 @@ type VolumeStatus struct {
 
 func (x *VolumeStatus) Reset() {
 	*x = VolumeStatus{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[17]
+	mi := &file_tandem_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1570,7 @@ func (x *VolumeStatus) String() string {
 func (*VolumeStatus) ProtoMessage() {}
 
 func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[17]
+	mi := &file_tandem_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1583,7 @@ func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatus.ProtoReflect.Descriptor instead.
 func (*VolumeStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VolumeStatus) GetId() string {
@@ -1569,7 +1631,7 @@ type AgentStatsRequest struct {
 
 func (x *AgentStatsRequest) Reset() {
 	*x = AgentStatsRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[18]
+	mi := &file_tandem_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1581,7 +1643,7 @@ func (x *AgentStatsRequest) String() string {
 func (*AgentStatsRequest) ProtoMessage() {}
 
 func (x *AgentStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[18]
+	mi := &file_tandem_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1594,7 +1656,7 @@ func (x *AgentStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatsRequest.ProtoReflect.Descriptor instead.
 func (*AgentStatsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentStatsRequest) GetContainerIds() []string {
@@ -1621,7 +1683,7 @@ type AgentStatsResponse struct {
 
 func (x *AgentStatsResponse) Reset() {
 	*x = AgentStatsResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[19]
+	mi := &file_tandem_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +1695,7 @@ func (x *AgentStatsResponse) String() string {
 func (*AgentStatsResponse) ProtoMessage() {}
 
 func (x *AgentStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[19]
+	mi := &file_tandem_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +1708,7 @@ func (x *AgentStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatsResponse.ProtoReflect.Descriptor instead.
 func (*AgentStatsResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentStatsResponse) GetContainers() map[string]*Usage {
@@ -1671,7 +1733,7 @@ type AgentListImagesRequest struct {
 
 func (x *AgentListImagesRequest) Reset() {
 	*x = AgentListImagesRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[20]
+	mi := &file_tandem_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1745,7 @@ func (x *AgentListImagesRequest) String() string {
 func (*AgentListImagesRequest) ProtoMessage() {}
 
 func (x *AgentListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[20]
+	mi := &file_tandem_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1758,7 @@ func (x *AgentListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentListImagesRequest.ProtoReflect.Descriptor instead.
 func (*AgentListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 type AgentListImagesResponse struct {
@@ -1708,7 +1770,7 @@ type AgentListImagesResponse struct {
 
 func (x *AgentListImagesResponse) Reset() {
 	*x = AgentListImagesResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[21]
+	mi := &file_tandem_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1782,7 @@ func (x *AgentListImagesResponse) String() string {
 func (*AgentListImagesResponse) ProtoMessage() {}
 
 func (x *AgentListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[21]
+	mi := &file_tandem_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1795,7 @@ func (x *AgentListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentListImagesResponse.ProtoReflect.Descriptor instead.
 func (*AgentListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentListImagesResponse) GetImages() []*Image {
@@ -1754,7 +1816,7 @@ type AgentPullImageRequest struct {
 
 func (x *AgentPullImageRequest) Reset() {
 	*x = AgentPullImageRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[22]
+	mi := &file_tandem_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1766,7 +1828,7 @@ func (x *AgentPullImageRequest) String() string {
 func (*AgentPullImageRequest) ProtoMessage() {}
 
 func (x *AgentPullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[22]
+	mi := &file_tandem_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1779,7 +1841,7 @@ func (x *AgentPullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPullImageRequest.ProtoReflect.Descriptor instead.
 func (*AgentPullImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentPullImageRequest) GetRef() string {
@@ -1814,7 +1876,7 @@ type RegistryAuth struct {
 
 func (x *RegistryAuth) Reset() {
 	*x = RegistryAuth{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[23]
+	mi := &file_tandem_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +1888,7 @@ func (x *RegistryAuth) String() string {
 func (*RegistryAuth) ProtoMessage() {}
 
 func (x *RegistryAuth) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[23]
+	mi := &file_tandem_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +1901,7 @@ func (x *RegistryAuth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryAuth.ProtoReflect.Descriptor instead.
 func (*RegistryAuth) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RegistryAuth) GetUsername() string {
@@ -1876,7 +1938,7 @@ type ImageChunk struct {
 
 func (x *ImageChunk) Reset() {
 	*x = ImageChunk{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[24]
+	mi := &file_tandem_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1888,7 +1950,7 @@ func (x *ImageChunk) String() string {
 func (*ImageChunk) ProtoMessage() {}
 
 func (x *ImageChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[24]
+	mi := &file_tandem_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1901,7 +1963,7 @@ func (x *ImageChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageChunk.ProtoReflect.Descriptor instead.
 func (*ImageChunk) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ImageChunk) GetKind() isImageChunk_Kind {
@@ -1956,7 +2018,7 @@ type LoadOptions struct {
 
 func (x *LoadOptions) Reset() {
 	*x = LoadOptions{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[25]
+	mi := &file_tandem_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2030,7 @@ func (x *LoadOptions) String() string {
 func (*LoadOptions) ProtoMessage() {}
 
 func (x *LoadOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[25]
+	mi := &file_tandem_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2043,7 @@ func (x *LoadOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadOptions.ProtoReflect.Descriptor instead.
 func (*LoadOptions) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LoadOptions) GetImport() bool {
@@ -2015,7 +2077,7 @@ type LoadProgress struct {
 
 func (x *LoadProgress) Reset() {
 	*x = LoadProgress{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[26]
+	mi := &file_tandem_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2027,7 +2089,7 @@ func (x *LoadProgress) String() string {
 func (*LoadProgress) ProtoMessage() {}
 
 func (x *LoadProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[26]
+	mi := &file_tandem_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2040,7 +2102,7 @@ func (x *LoadProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadProgress.ProtoReflect.Descriptor instead.
 func (*LoadProgress) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *LoadProgress) GetProgress() *Progress {
@@ -2067,7 +2129,7 @@ type AgentSaveImageRequest struct {
 
 func (x *AgentSaveImageRequest) Reset() {
 	*x = AgentSaveImageRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[27]
+	mi := &file_tandem_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2141,7 @@ func (x *AgentSaveImageRequest) String() string {
 func (*AgentSaveImageRequest) ProtoMessage() {}
 
 func (x *AgentSaveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[27]
+	mi := &file_tandem_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2154,7 @@ func (x *AgentSaveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSaveImageRequest.ProtoReflect.Descriptor instead.
 func (*AgentSaveImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentSaveImageRequest) GetRefs() []string {
@@ -2119,7 +2181,7 @@ type AgentRemoveImageRequest struct {
 
 func (x *AgentRemoveImageRequest) Reset() {
 	*x = AgentRemoveImageRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[28]
+	mi := &file_tandem_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2131,7 +2193,7 @@ func (x *AgentRemoveImageRequest) String() string {
 func (*AgentRemoveImageRequest) ProtoMessage() {}
 
 func (x *AgentRemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[28]
+	mi := &file_tandem_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2144,7 +2206,7 @@ func (x *AgentRemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*AgentRemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentRemoveImageRequest) GetRef() string {
@@ -2171,7 +2233,7 @@ type AgentRemoveImageResponse struct {
 
 func (x *AgentRemoveImageResponse) Reset() {
 	*x = AgentRemoveImageResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[29]
+	mi := &file_tandem_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2183,7 +2245,7 @@ func (x *AgentRemoveImageResponse) String() string {
 func (*AgentRemoveImageResponse) ProtoMessage() {}
 
 func (x *AgentRemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[29]
+	mi := &file_tandem_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2196,7 +2258,7 @@ func (x *AgentRemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*AgentRemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentRemoveImageResponse) GetUntagged() []string {
@@ -2223,7 +2285,7 @@ type AgentTagImageRequest struct {
 
 func (x *AgentTagImageRequest) Reset() {
 	*x = AgentTagImageRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[30]
+	mi := &file_tandem_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2297,7 @@ func (x *AgentTagImageRequest) String() string {
 func (*AgentTagImageRequest) ProtoMessage() {}
 
 func (x *AgentTagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[30]
+	mi := &file_tandem_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2310,7 @@ func (x *AgentTagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentTagImageRequest.ProtoReflect.Descriptor instead.
 func (*AgentTagImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentTagImageRequest) GetSource() string {
@@ -2273,7 +2335,7 @@ type AgentTagImageResponse struct {
 
 func (x *AgentTagImageResponse) Reset() {
 	*x = AgentTagImageResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[31]
+	mi := &file_tandem_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2347,7 @@ func (x *AgentTagImageResponse) String() string {
 func (*AgentTagImageResponse) ProtoMessage() {}
 
 func (x *AgentTagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[31]
+	mi := &file_tandem_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2360,7 @@ func (x *AgentTagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentTagImageResponse.ProtoReflect.Descriptor instead.
 func (*AgentTagImageResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 type AgentPruneImagesRequest struct {
@@ -2310,7 +2372,7 @@ type AgentPruneImagesRequest struct {
 
 func (x *AgentPruneImagesRequest) Reset() {
 	*x = AgentPruneImagesRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[32]
+	mi := &file_tandem_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2322,7 +2384,7 @@ func (x *AgentPruneImagesRequest) String() string {
 func (*AgentPruneImagesRequest) ProtoMessage() {}
 
 func (x *AgentPruneImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[32]
+	mi := &file_tandem_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2335,7 +2397,7 @@ func (x *AgentPruneImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPruneImagesRequest.ProtoReflect.Descriptor instead.
 func (*AgentPruneImagesRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentPruneImagesRequest) GetAll() bool {
@@ -2355,7 +2417,7 @@ type AgentPruneImagesResponse struct {
 
 func (x *AgentPruneImagesResponse) Reset() {
 	*x = AgentPruneImagesResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[33]
+	mi := &file_tandem_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2367,7 +2429,7 @@ func (x *AgentPruneImagesResponse) String() string {
 func (*AgentPruneImagesResponse) ProtoMessage() {}
 
 func (x *AgentPruneImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[33]
+	mi := &file_tandem_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2380,7 +2442,7 @@ func (x *AgentPruneImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPruneImagesResponse.ProtoReflect.Descriptor instead.
 func (*AgentPruneImagesResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AgentPruneImagesResponse) GetDeleted() []string {
@@ -2405,7 +2467,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[34]
+	mi := &file_tandem_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2417,7 +2479,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[34]
+	mi := &file_tandem_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2430,7 +2492,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type DoctorResponse struct {
@@ -2442,7 +2504,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[35]
+	mi := &file_tandem_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2454,7 +2516,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[35]
+	mi := &file_tandem_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2467,7 +2529,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -2491,7 +2553,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_tandem_v1_agent_proto_msgTypes[36]
+	mi := &file_tandem_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +2565,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_agent_proto_msgTypes[36]
+	mi := &file_tandem_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +2578,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_tandem_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Finding) GetCode() string {
@@ -2599,7 +2661,7 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\x12AgentHelloResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12*\n" +
 	"\x05facts\x18\x02 \x01(\v2\x14.tandem.v1.HostFactsR\x05facts\x12)\n" +
-	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\"\xd0\x03\n" +
+	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\"\x87\x04\n" +
 	"\bHostSpec\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x128\n" +
 	"\bmachines\x18\x02 \x03(\v2\x1c.tandem.v1.MachineAssignmentR\bmachines\x12>\n" +
@@ -2616,7 +2678,11 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"incomplete\x18\n" +
 	" \x01(\bR\n" +
-	"incomplete\"\xec\x02\n" +
+	"incomplete\x125\n" +
+	"\aleaving\x18\v \x03(\v2\x1b.tandem.v1.LeavingContainerR\aleaving\"`\n" +
+	"\x10LeavingContainer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12<\n" +
+	"\fstop_timeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\"\xec\x02\n" +
 	"\x11MachineAssignment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -2811,144 +2877,147 @@ func file_tandem_v1_agent_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_agent_proto_rawDescData
 }
 
-var file_tandem_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_tandem_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_tandem_v1_agent_proto_goTypes = []any{
 	(*HostFacts)(nil),                // 0: tandem.v1.HostFacts
 	(*Capabilities)(nil),             // 1: tandem.v1.Capabilities
 	(*AgentHelloRequest)(nil),        // 2: tandem.v1.AgentHelloRequest
 	(*AgentHelloResponse)(nil),       // 3: tandem.v1.AgentHelloResponse
 	(*HostSpec)(nil),                 // 4: tandem.v1.HostSpec
-	(*MachineAssignment)(nil),        // 5: tandem.v1.MachineAssignment
-	(*ContainerAssignment)(nil),      // 6: tandem.v1.ContainerAssignment
-	(*AssignedMount)(nil),            // 7: tandem.v1.AssignedMount
-	(*VolumeAssignment)(nil),         // 8: tandem.v1.VolumeAssignment
-	(*NetworkSpec)(nil),              // 9: tandem.v1.NetworkSpec
-	(*PublishedPort)(nil),            // 10: tandem.v1.PublishedPort
-	(*Backend)(nil),                  // 11: tandem.v1.Backend
-	(*NameRecord)(nil),               // 12: tandem.v1.NameRecord
-	(*ApplyHostRequest)(nil),         // 13: tandem.v1.ApplyHostRequest
-	(*ApplyHostResponse)(nil),        // 14: tandem.v1.ApplyHostResponse
-	(*WatchHostRequest)(nil),         // 15: tandem.v1.WatchHostRequest
-	(*HostStatus)(nil),               // 16: tandem.v1.HostStatus
-	(*VolumeStatus)(nil),             // 17: tandem.v1.VolumeStatus
-	(*AgentStatsRequest)(nil),        // 18: tandem.v1.AgentStatsRequest
-	(*AgentStatsResponse)(nil),       // 19: tandem.v1.AgentStatsResponse
-	(*AgentListImagesRequest)(nil),   // 20: tandem.v1.AgentListImagesRequest
-	(*AgentListImagesResponse)(nil),  // 21: tandem.v1.AgentListImagesResponse
-	(*AgentPullImageRequest)(nil),    // 22: tandem.v1.AgentPullImageRequest
-	(*RegistryAuth)(nil),             // 23: tandem.v1.RegistryAuth
-	(*ImageChunk)(nil),               // 24: tandem.v1.ImageChunk
-	(*LoadOptions)(nil),              // 25: tandem.v1.LoadOptions
-	(*LoadProgress)(nil),             // 26: tandem.v1.LoadProgress
-	(*AgentSaveImageRequest)(nil),    // 27: tandem.v1.AgentSaveImageRequest
-	(*AgentRemoveImageRequest)(nil),  // 28: tandem.v1.AgentRemoveImageRequest
-	(*AgentRemoveImageResponse)(nil), // 29: tandem.v1.AgentRemoveImageResponse
-	(*AgentTagImageRequest)(nil),     // 30: tandem.v1.AgentTagImageRequest
-	(*AgentTagImageResponse)(nil),    // 31: tandem.v1.AgentTagImageResponse
-	(*AgentPruneImagesRequest)(nil),  // 32: tandem.v1.AgentPruneImagesRequest
-	(*AgentPruneImagesResponse)(nil), // 33: tandem.v1.AgentPruneImagesResponse
-	(*DoctorRequest)(nil),            // 34: tandem.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 35: tandem.v1.DoctorResponse
-	(*Finding)(nil),                  // 36: tandem.v1.Finding
-	nil,                              // 37: tandem.v1.AgentStatsResponse.ContainersEntry
-	nil,                              // 38: tandem.v1.AgentStatsResponse.MachinesEntry
-	(*Size)(nil),                     // 39: tandem.v1.Size
-	(Isolation)(0),                   // 40: tandem.v1.Isolation
-	(*ContainerSpec)(nil),            // 41: tandem.v1.ContainerSpec
-	(*durationpb.Duration)(nil),      // 42: google.protobuf.Duration
-	(*MachineStatus)(nil),            // 43: tandem.v1.MachineStatus
-	(*ContainerStatus)(nil),          // 44: tandem.v1.ContainerStatus
-	(*Event)(nil),                    // 45: tandem.v1.Event
-	(*Progress)(nil),                 // 46: tandem.v1.Progress
-	(*Image)(nil),                    // 47: tandem.v1.Image
-	(*Usage)(nil),                    // 48: tandem.v1.Usage
-	(*StreamInput)(nil),              // 49: tandem.v1.StreamInput
-	(*LogOptions)(nil),               // 50: tandem.v1.LogOptions
-	(*RuntimeTopRequest)(nil),        // 51: tandem.v1.RuntimeTopRequest
-	(*RuntimeKillRequest)(nil),       // 52: tandem.v1.RuntimeKillRequest
-	(*StreamOutput)(nil),             // 53: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 54: tandem.v1.LogEntry
-	(*RuntimeTopResponse)(nil),       // 55: tandem.v1.RuntimeTopResponse
-	(*RuntimeKillResponse)(nil),      // 56: tandem.v1.RuntimeKillResponse
+	(*LeavingContainer)(nil),         // 5: tandem.v1.LeavingContainer
+	(*MachineAssignment)(nil),        // 6: tandem.v1.MachineAssignment
+	(*ContainerAssignment)(nil),      // 7: tandem.v1.ContainerAssignment
+	(*AssignedMount)(nil),            // 8: tandem.v1.AssignedMount
+	(*VolumeAssignment)(nil),         // 9: tandem.v1.VolumeAssignment
+	(*NetworkSpec)(nil),              // 10: tandem.v1.NetworkSpec
+	(*PublishedPort)(nil),            // 11: tandem.v1.PublishedPort
+	(*Backend)(nil),                  // 12: tandem.v1.Backend
+	(*NameRecord)(nil),               // 13: tandem.v1.NameRecord
+	(*ApplyHostRequest)(nil),         // 14: tandem.v1.ApplyHostRequest
+	(*ApplyHostResponse)(nil),        // 15: tandem.v1.ApplyHostResponse
+	(*WatchHostRequest)(nil),         // 16: tandem.v1.WatchHostRequest
+	(*HostStatus)(nil),               // 17: tandem.v1.HostStatus
+	(*VolumeStatus)(nil),             // 18: tandem.v1.VolumeStatus
+	(*AgentStatsRequest)(nil),        // 19: tandem.v1.AgentStatsRequest
+	(*AgentStatsResponse)(nil),       // 20: tandem.v1.AgentStatsResponse
+	(*AgentListImagesRequest)(nil),   // 21: tandem.v1.AgentListImagesRequest
+	(*AgentListImagesResponse)(nil),  // 22: tandem.v1.AgentListImagesResponse
+	(*AgentPullImageRequest)(nil),    // 23: tandem.v1.AgentPullImageRequest
+	(*RegistryAuth)(nil),             // 24: tandem.v1.RegistryAuth
+	(*ImageChunk)(nil),               // 25: tandem.v1.ImageChunk
+	(*LoadOptions)(nil),              // 26: tandem.v1.LoadOptions
+	(*LoadProgress)(nil),             // 27: tandem.v1.LoadProgress
+	(*AgentSaveImageRequest)(nil),    // 28: tandem.v1.AgentSaveImageRequest
+	(*AgentRemoveImageRequest)(nil),  // 29: tandem.v1.AgentRemoveImageRequest
+	(*AgentRemoveImageResponse)(nil), // 30: tandem.v1.AgentRemoveImageResponse
+	(*AgentTagImageRequest)(nil),     // 31: tandem.v1.AgentTagImageRequest
+	(*AgentTagImageResponse)(nil),    // 32: tandem.v1.AgentTagImageResponse
+	(*AgentPruneImagesRequest)(nil),  // 33: tandem.v1.AgentPruneImagesRequest
+	(*AgentPruneImagesResponse)(nil), // 34: tandem.v1.AgentPruneImagesResponse
+	(*DoctorRequest)(nil),            // 35: tandem.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 36: tandem.v1.DoctorResponse
+	(*Finding)(nil),                  // 37: tandem.v1.Finding
+	nil,                              // 38: tandem.v1.AgentStatsResponse.ContainersEntry
+	nil,                              // 39: tandem.v1.AgentStatsResponse.MachinesEntry
+	(*Size)(nil),                     // 40: tandem.v1.Size
+	(*durationpb.Duration)(nil),      // 41: google.protobuf.Duration
+	(Isolation)(0),                   // 42: tandem.v1.Isolation
+	(*ContainerSpec)(nil),            // 43: tandem.v1.ContainerSpec
+	(*MachineStatus)(nil),            // 44: tandem.v1.MachineStatus
+	(*ContainerStatus)(nil),          // 45: tandem.v1.ContainerStatus
+	(*Event)(nil),                    // 46: tandem.v1.Event
+	(*Progress)(nil),                 // 47: tandem.v1.Progress
+	(*Image)(nil),                    // 48: tandem.v1.Image
+	(*Usage)(nil),                    // 49: tandem.v1.Usage
+	(*StreamInput)(nil),              // 50: tandem.v1.StreamInput
+	(*LogOptions)(nil),               // 51: tandem.v1.LogOptions
+	(*RuntimeTopRequest)(nil),        // 52: tandem.v1.RuntimeTopRequest
+	(*RuntimeKillRequest)(nil),       // 53: tandem.v1.RuntimeKillRequest
+	(*StreamOutput)(nil),             // 54: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 55: tandem.v1.LogEntry
+	(*RuntimeTopResponse)(nil),       // 56: tandem.v1.RuntimeTopResponse
+	(*RuntimeKillResponse)(nil),      // 57: tandem.v1.RuntimeKillResponse
 }
 var file_tandem_v1_agent_proto_depIdxs = []int32{
-	39, // 0: tandem.v1.HostFacts.capacity:type_name -> tandem.v1.Size
+	40, // 0: tandem.v1.HostFacts.capacity:type_name -> tandem.v1.Size
 	1,  // 1: tandem.v1.HostFacts.capabilities:type_name -> tandem.v1.Capabilities
-	39, // 2: tandem.v1.HostFacts.machine_overhead:type_name -> tandem.v1.Size
-	39, // 3: tandem.v1.HostFacts.guest_overhead:type_name -> tandem.v1.Size
-	39, // 4: tandem.v1.Capabilities.max_machine:type_name -> tandem.v1.Size
+	40, // 2: tandem.v1.HostFacts.machine_overhead:type_name -> tandem.v1.Size
+	40, // 3: tandem.v1.HostFacts.guest_overhead:type_name -> tandem.v1.Size
+	40, // 4: tandem.v1.Capabilities.max_machine:type_name -> tandem.v1.Size
 	0,  // 5: tandem.v1.AgentHelloResponse.facts:type_name -> tandem.v1.HostFacts
-	5,  // 6: tandem.v1.HostSpec.machines:type_name -> tandem.v1.MachineAssignment
-	6,  // 7: tandem.v1.HostSpec.containers:type_name -> tandem.v1.ContainerAssignment
-	8,  // 8: tandem.v1.HostSpec.volumes:type_name -> tandem.v1.VolumeAssignment
-	9,  // 9: tandem.v1.HostSpec.networks:type_name -> tandem.v1.NetworkSpec
-	10, // 10: tandem.v1.HostSpec.ports:type_name -> tandem.v1.PublishedPort
-	12, // 11: tandem.v1.HostSpec.names:type_name -> tandem.v1.NameRecord
-	40, // 12: tandem.v1.MachineAssignment.isolation:type_name -> tandem.v1.Isolation
-	39, // 13: tandem.v1.MachineAssignment.size:type_name -> tandem.v1.Size
-	39, // 14: tandem.v1.MachineAssignment.ceiling:type_name -> tandem.v1.Size
-	41, // 15: tandem.v1.ContainerAssignment.spec:type_name -> tandem.v1.ContainerSpec
-	42, // 16: tandem.v1.ContainerAssignment.stop_timeout:type_name -> google.protobuf.Duration
-	7,  // 17: tandem.v1.ContainerAssignment.volumes:type_name -> tandem.v1.AssignedMount
-	11, // 18: tandem.v1.PublishedPort.backends:type_name -> tandem.v1.Backend
-	4,  // 19: tandem.v1.ApplyHostRequest.spec:type_name -> tandem.v1.HostSpec
-	0,  // 20: tandem.v1.HostStatus.facts:type_name -> tandem.v1.HostFacts
-	43, // 21: tandem.v1.HostStatus.machines:type_name -> tandem.v1.MachineStatus
-	44, // 22: tandem.v1.HostStatus.containers:type_name -> tandem.v1.ContainerStatus
-	17, // 23: tandem.v1.HostStatus.volumes:type_name -> tandem.v1.VolumeStatus
-	45, // 24: tandem.v1.HostStatus.events:type_name -> tandem.v1.Event
-	46, // 25: tandem.v1.HostStatus.progress:type_name -> tandem.v1.Progress
-	37, // 26: tandem.v1.AgentStatsResponse.containers:type_name -> tandem.v1.AgentStatsResponse.ContainersEntry
-	38, // 27: tandem.v1.AgentStatsResponse.machines:type_name -> tandem.v1.AgentStatsResponse.MachinesEntry
-	47, // 28: tandem.v1.AgentListImagesResponse.images:type_name -> tandem.v1.Image
-	23, // 29: tandem.v1.AgentPullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
-	25, // 30: tandem.v1.ImageChunk.options:type_name -> tandem.v1.LoadOptions
-	46, // 31: tandem.v1.LoadProgress.progress:type_name -> tandem.v1.Progress
-	47, // 32: tandem.v1.LoadProgress.images:type_name -> tandem.v1.Image
-	36, // 33: tandem.v1.DoctorResponse.findings:type_name -> tandem.v1.Finding
-	48, // 34: tandem.v1.AgentStatsResponse.ContainersEntry.value:type_name -> tandem.v1.Usage
-	48, // 35: tandem.v1.AgentStatsResponse.MachinesEntry.value:type_name -> tandem.v1.Usage
-	2,  // 36: tandem.v1.AgentService.Hello:input_type -> tandem.v1.AgentHelloRequest
-	13, // 37: tandem.v1.AgentService.Apply:input_type -> tandem.v1.ApplyHostRequest
-	15, // 38: tandem.v1.AgentService.Watch:input_type -> tandem.v1.WatchHostRequest
-	49, // 39: tandem.v1.AgentService.Exec:input_type -> tandem.v1.StreamInput
-	49, // 40: tandem.v1.AgentService.Attach:input_type -> tandem.v1.StreamInput
-	49, // 41: tandem.v1.AgentService.Console:input_type -> tandem.v1.StreamInput
-	50, // 42: tandem.v1.AgentService.Logs:input_type -> tandem.v1.LogOptions
-	18, // 43: tandem.v1.AgentService.Stats:input_type -> tandem.v1.AgentStatsRequest
-	51, // 44: tandem.v1.AgentService.Top:input_type -> tandem.v1.RuntimeTopRequest
-	52, // 45: tandem.v1.AgentService.Kill:input_type -> tandem.v1.RuntimeKillRequest
-	20, // 46: tandem.v1.AgentService.ListImages:input_type -> tandem.v1.AgentListImagesRequest
-	22, // 47: tandem.v1.AgentService.PullImage:input_type -> tandem.v1.AgentPullImageRequest
-	24, // 48: tandem.v1.AgentService.LoadImage:input_type -> tandem.v1.ImageChunk
-	27, // 49: tandem.v1.AgentService.SaveImage:input_type -> tandem.v1.AgentSaveImageRequest
-	28, // 50: tandem.v1.AgentService.RemoveImage:input_type -> tandem.v1.AgentRemoveImageRequest
-	30, // 51: tandem.v1.AgentService.TagImage:input_type -> tandem.v1.AgentTagImageRequest
-	32, // 52: tandem.v1.AgentService.PruneImages:input_type -> tandem.v1.AgentPruneImagesRequest
-	34, // 53: tandem.v1.AgentService.Doctor:input_type -> tandem.v1.DoctorRequest
-	3,  // 54: tandem.v1.AgentService.Hello:output_type -> tandem.v1.AgentHelloResponse
-	14, // 55: tandem.v1.AgentService.Apply:output_type -> tandem.v1.ApplyHostResponse
-	16, // 56: tandem.v1.AgentService.Watch:output_type -> tandem.v1.HostStatus
-	53, // 57: tandem.v1.AgentService.Exec:output_type -> tandem.v1.StreamOutput
-	53, // 58: tandem.v1.AgentService.Attach:output_type -> tandem.v1.StreamOutput
-	53, // 59: tandem.v1.AgentService.Console:output_type -> tandem.v1.StreamOutput
-	54, // 60: tandem.v1.AgentService.Logs:output_type -> tandem.v1.LogEntry
-	19, // 61: tandem.v1.AgentService.Stats:output_type -> tandem.v1.AgentStatsResponse
-	55, // 62: tandem.v1.AgentService.Top:output_type -> tandem.v1.RuntimeTopResponse
-	56, // 63: tandem.v1.AgentService.Kill:output_type -> tandem.v1.RuntimeKillResponse
-	21, // 64: tandem.v1.AgentService.ListImages:output_type -> tandem.v1.AgentListImagesResponse
-	46, // 65: tandem.v1.AgentService.PullImage:output_type -> tandem.v1.Progress
-	26, // 66: tandem.v1.AgentService.LoadImage:output_type -> tandem.v1.LoadProgress
-	24, // 67: tandem.v1.AgentService.SaveImage:output_type -> tandem.v1.ImageChunk
-	29, // 68: tandem.v1.AgentService.RemoveImage:output_type -> tandem.v1.AgentRemoveImageResponse
-	31, // 69: tandem.v1.AgentService.TagImage:output_type -> tandem.v1.AgentTagImageResponse
-	33, // 70: tandem.v1.AgentService.PruneImages:output_type -> tandem.v1.AgentPruneImagesResponse
-	35, // 71: tandem.v1.AgentService.Doctor:output_type -> tandem.v1.DoctorResponse
-	54, // [54:72] is the sub-list for method output_type
-	36, // [36:54] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	6,  // 6: tandem.v1.HostSpec.machines:type_name -> tandem.v1.MachineAssignment
+	7,  // 7: tandem.v1.HostSpec.containers:type_name -> tandem.v1.ContainerAssignment
+	9,  // 8: tandem.v1.HostSpec.volumes:type_name -> tandem.v1.VolumeAssignment
+	10, // 9: tandem.v1.HostSpec.networks:type_name -> tandem.v1.NetworkSpec
+	11, // 10: tandem.v1.HostSpec.ports:type_name -> tandem.v1.PublishedPort
+	13, // 11: tandem.v1.HostSpec.names:type_name -> tandem.v1.NameRecord
+	5,  // 12: tandem.v1.HostSpec.leaving:type_name -> tandem.v1.LeavingContainer
+	41, // 13: tandem.v1.LeavingContainer.stop_timeout:type_name -> google.protobuf.Duration
+	42, // 14: tandem.v1.MachineAssignment.isolation:type_name -> tandem.v1.Isolation
+	40, // 15: tandem.v1.MachineAssignment.size:type_name -> tandem.v1.Size
+	40, // 16: tandem.v1.MachineAssignment.ceiling:type_name -> tandem.v1.Size
+	43, // 17: tandem.v1.ContainerAssignment.spec:type_name -> tandem.v1.ContainerSpec
+	41, // 18: tandem.v1.ContainerAssignment.stop_timeout:type_name -> google.protobuf.Duration
+	8,  // 19: tandem.v1.ContainerAssignment.volumes:type_name -> tandem.v1.AssignedMount
+	12, // 20: tandem.v1.PublishedPort.backends:type_name -> tandem.v1.Backend
+	4,  // 21: tandem.v1.ApplyHostRequest.spec:type_name -> tandem.v1.HostSpec
+	0,  // 22: tandem.v1.HostStatus.facts:type_name -> tandem.v1.HostFacts
+	44, // 23: tandem.v1.HostStatus.machines:type_name -> tandem.v1.MachineStatus
+	45, // 24: tandem.v1.HostStatus.containers:type_name -> tandem.v1.ContainerStatus
+	18, // 25: tandem.v1.HostStatus.volumes:type_name -> tandem.v1.VolumeStatus
+	46, // 26: tandem.v1.HostStatus.events:type_name -> tandem.v1.Event
+	47, // 27: tandem.v1.HostStatus.progress:type_name -> tandem.v1.Progress
+	38, // 28: tandem.v1.AgentStatsResponse.containers:type_name -> tandem.v1.AgentStatsResponse.ContainersEntry
+	39, // 29: tandem.v1.AgentStatsResponse.machines:type_name -> tandem.v1.AgentStatsResponse.MachinesEntry
+	48, // 30: tandem.v1.AgentListImagesResponse.images:type_name -> tandem.v1.Image
+	24, // 31: tandem.v1.AgentPullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
+	26, // 32: tandem.v1.ImageChunk.options:type_name -> tandem.v1.LoadOptions
+	47, // 33: tandem.v1.LoadProgress.progress:type_name -> tandem.v1.Progress
+	48, // 34: tandem.v1.LoadProgress.images:type_name -> tandem.v1.Image
+	37, // 35: tandem.v1.DoctorResponse.findings:type_name -> tandem.v1.Finding
+	49, // 36: tandem.v1.AgentStatsResponse.ContainersEntry.value:type_name -> tandem.v1.Usage
+	49, // 37: tandem.v1.AgentStatsResponse.MachinesEntry.value:type_name -> tandem.v1.Usage
+	2,  // 38: tandem.v1.AgentService.Hello:input_type -> tandem.v1.AgentHelloRequest
+	14, // 39: tandem.v1.AgentService.Apply:input_type -> tandem.v1.ApplyHostRequest
+	16, // 40: tandem.v1.AgentService.Watch:input_type -> tandem.v1.WatchHostRequest
+	50, // 41: tandem.v1.AgentService.Exec:input_type -> tandem.v1.StreamInput
+	50, // 42: tandem.v1.AgentService.Attach:input_type -> tandem.v1.StreamInput
+	50, // 43: tandem.v1.AgentService.Console:input_type -> tandem.v1.StreamInput
+	51, // 44: tandem.v1.AgentService.Logs:input_type -> tandem.v1.LogOptions
+	19, // 45: tandem.v1.AgentService.Stats:input_type -> tandem.v1.AgentStatsRequest
+	52, // 46: tandem.v1.AgentService.Top:input_type -> tandem.v1.RuntimeTopRequest
+	53, // 47: tandem.v1.AgentService.Kill:input_type -> tandem.v1.RuntimeKillRequest
+	21, // 48: tandem.v1.AgentService.ListImages:input_type -> tandem.v1.AgentListImagesRequest
+	23, // 49: tandem.v1.AgentService.PullImage:input_type -> tandem.v1.AgentPullImageRequest
+	25, // 50: tandem.v1.AgentService.LoadImage:input_type -> tandem.v1.ImageChunk
+	28, // 51: tandem.v1.AgentService.SaveImage:input_type -> tandem.v1.AgentSaveImageRequest
+	29, // 52: tandem.v1.AgentService.RemoveImage:input_type -> tandem.v1.AgentRemoveImageRequest
+	31, // 53: tandem.v1.AgentService.TagImage:input_type -> tandem.v1.AgentTagImageRequest
+	33, // 54: tandem.v1.AgentService.PruneImages:input_type -> tandem.v1.AgentPruneImagesRequest
+	35, // 55: tandem.v1.AgentService.Doctor:input_type -> tandem.v1.DoctorRequest
+	3,  // 56: tandem.v1.AgentService.Hello:output_type -> tandem.v1.AgentHelloResponse
+	15, // 57: tandem.v1.AgentService.Apply:output_type -> tandem.v1.ApplyHostResponse
+	17, // 58: tandem.v1.AgentService.Watch:output_type -> tandem.v1.HostStatus
+	54, // 59: tandem.v1.AgentService.Exec:output_type -> tandem.v1.StreamOutput
+	54, // 60: tandem.v1.AgentService.Attach:output_type -> tandem.v1.StreamOutput
+	54, // 61: tandem.v1.AgentService.Console:output_type -> tandem.v1.StreamOutput
+	55, // 62: tandem.v1.AgentService.Logs:output_type -> tandem.v1.LogEntry
+	20, // 63: tandem.v1.AgentService.Stats:output_type -> tandem.v1.AgentStatsResponse
+	56, // 64: tandem.v1.AgentService.Top:output_type -> tandem.v1.RuntimeTopResponse
+	57, // 65: tandem.v1.AgentService.Kill:output_type -> tandem.v1.RuntimeKillResponse
+	22, // 66: tandem.v1.AgentService.ListImages:output_type -> tandem.v1.AgentListImagesResponse
+	47, // 67: tandem.v1.AgentService.PullImage:output_type -> tandem.v1.Progress
+	27, // 68: tandem.v1.AgentService.LoadImage:output_type -> tandem.v1.LoadProgress
+	25, // 69: tandem.v1.AgentService.SaveImage:output_type -> tandem.v1.ImageChunk
+	30, // 70: tandem.v1.AgentService.RemoveImage:output_type -> tandem.v1.AgentRemoveImageResponse
+	32, // 71: tandem.v1.AgentService.TagImage:output_type -> tandem.v1.AgentTagImageResponse
+	34, // 72: tandem.v1.AgentService.PruneImages:output_type -> tandem.v1.AgentPruneImagesResponse
+	36, // 73: tandem.v1.AgentService.Doctor:output_type -> tandem.v1.DoctorResponse
+	56, // [56:74] is the sub-list for method output_type
+	38, // [38:56] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_agent_proto_init() }
@@ -2958,7 +3027,7 @@ func file_tandem_v1_agent_proto_init() {
 	}
 	file_tandem_v1_guest_proto_init()
 	file_tandem_v1_types_proto_init()
-	file_tandem_v1_agent_proto_msgTypes[24].OneofWrappers = []any{
+	file_tandem_v1_agent_proto_msgTypes[25].OneofWrappers = []any{
 		(*ImageChunk_Options)(nil),
 		(*ImageChunk_Data)(nil),
 	}
@@ -2968,7 +3037,7 @@ func file_tandem_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_agent_proto_rawDesc), len(file_tandem_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,7 +47,8 @@ type Script struct {
 	// fail for ever.
 	HealthyAfter time.Duration
 	Unhealthy    bool
-	// StopsAfter is how long it takes to stop.
+	// StopsAfter is how long it takes to stop; it is killed (exit code 137) when
+	// that is longer than it is given.
 	StopsAfter time.Duration
 	// Output is its log, line by line.
 	Output []string
@@ -113,8 +114,10 @@ type container struct {
 	log     []*v1.LogEntry
 	gone    bool // to be removed, after it has stopped
 	stopped bool // ended because it was asked to
+	grace   time.Duration
+	stop    time.Time // when it was told to end
 	// When the next things happen; zero: never.
-	ready, end, healthy, stop, again time.Time
+	ready, end, healthy, again time.Time
 }
 
 // New makes a host.

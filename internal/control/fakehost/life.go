@@ -67,6 +67,17 @@ func (h *Host) reconcile() {
 	}
 	for id, c := range h.containers {
 		c.gone = !wanted[id] && (c.gone || !h.spec.Incomplete)
+		if !c.gone {
+			c.grace = 10 * time.Second
+			if d := c.a.StopTimeout; d != nil {
+				c.grace = d.AsDuration()
+			}
+		}
+	}
+	for _, l := range h.spec.Leaving {
+		if c := h.containers[l.Id]; c != nil && c.gone {
+			c.grace = l.StopTimeout.AsDuration()
+		}
 	}
 	h.tick()
 	for id := range h.machines {
@@ -170,11 +181,15 @@ func (h *Host) step(id string, now time.Time, later func(time.Time) bool) {
 	restart := c.a.RestartGeneration > st.ObservedRestartGeneration
 	if running && (c.gone || c.a.Stopped || restart) {
 		if c.stop.IsZero() {
-			c.stop = now.Add(s.StopsAfter)
+			c.stop = now
 		}
-		if !later(c.stop) {
+		at, code := c.stop.Add(s.StopsAfter), int32(143)
+		if c.grace < s.StopsAfter {
+			at, code = c.stop.Add(c.grace), 137
+		}
+		if !later(at) {
 			c.stopped = true
-			h.exit(c, 143)
+			h.exit(c, code)
 		}
 		return
 	}

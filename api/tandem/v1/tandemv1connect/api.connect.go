@@ -332,7 +332,7 @@ type ContainerServiceClient interface {
 	Pause(context.Context, *connect.Request[v1.PauseContainersRequest]) (*connect.Response[v1.PauseContainersResponse], error)
 	Update(context.Context, *connect.Request[v1.UpdateContainerRequest]) (*connect.Response[v1.Container], error)
 	// Wait answers when the container reaches the state: "exited" (default),
-	// "running", "healthy", "removed".
+	// "running", "started" (runs or has run), "healthy", "removed".
 	Wait(context.Context, *connect.Request[v1.WaitContainerRequest]) (*connect.Response[v1.WaitContainerResponse], error)
 	Exec(context.Context) *connect.BidiStreamForClient[v1.StreamInput, v1.StreamOutput]
 	Attach(context.Context) *connect.BidiStreamForClient[v1.StreamInput, v1.StreamOutput]
@@ -565,7 +565,7 @@ type ContainerServiceHandler interface {
 	Pause(context.Context, *connect.Request[v1.PauseContainersRequest]) (*connect.Response[v1.PauseContainersResponse], error)
 	Update(context.Context, *connect.Request[v1.UpdateContainerRequest]) (*connect.Response[v1.Container], error)
 	// Wait answers when the container reaches the state: "exited" (default),
-	// "running", "healthy", "removed".
+	// "running", "started" (runs or has run), "healthy", "removed".
 	Wait(context.Context, *connect.Request[v1.WaitContainerRequest]) (*connect.Response[v1.WaitContainerResponse], error)
 	Exec(context.Context, *connect.BidiStream[v1.StreamInput, v1.StreamOutput]) error
 	Attach(context.Context, *connect.BidiStream[v1.StreamInput, v1.StreamOutput]) error
