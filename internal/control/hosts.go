@@ -261,10 +261,14 @@ func (s *session) push(ctx context.Context) {
 				return
 			}
 			if err == nil {
+				if last == nil || backoff > 100*time.Millisecond {
+					s.unblame(ctx)
+				}
 				last, backoff = spec, 100*time.Millisecond
 				s.took(spec, snap.Revision)
 			} else {
 				c.log.Warn("host did not take its intent", "host", s.hostID, "revision", spec.Revision, "err", err, "again in", backoff)
+				s.blame(ctx, last, spec, err)
 				wait, backoff = backoff, min(2*backoff, 10*time.Second)
 			}
 		}

@@ -52,7 +52,7 @@ func (c *Controller) CreateMachine(ctx context.Context, r *v1.CreateMachineReque
 	}
 	m.ByUser, m.MinSize = true, clone(size)
 	m.Reason = &v1.Reason{Summary: "made by a user"}
-	_, err := c.store.Create(ctx, m)
+	_, err := c.store.Create(store.Growing(ctx), m)
 	return m, err
 }
 

@@ -63,7 +63,7 @@ func (k *containers) Create(ctx context.Context, req *connect.Request[v1.CreateC
 		if err := s.surround(tx, c); err != nil {
 			return err
 		}
-		_, err := tx.Create(c).Commit(ctx)
+		_, err := tx.Create(c).Commit(store.Growing(ctx))
 		return err
 	})
 	if err != nil {

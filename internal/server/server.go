@@ -165,6 +165,7 @@ func (s *Server) Run(ctx context.Context) error {
 	errs := make(chan error, 2)
 	var wg sync.WaitGroup
 	wg.Go(func() { errs <- s.ctl.Run(ctx) })
+	wg.Go(func() { s.watchSpace(ctx) })
 	wg.Go(func() {
 		if err := hs.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			errs <- fmt.Errorf("serving %s: %w", l.Addr(), err)

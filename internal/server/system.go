@@ -38,6 +38,11 @@ func (k *system) Doctor(ctx context.Context, _ *connect.Request[v1.DoctorRequest
 			Remedy: "restore a backup of the state, or make it anew"})
 	}
 	slices.SortFunc(out.Findings, func(a, b *v1.Finding) int { return strings.Compare(a.Title, b.Title) })
+	if sp, _ := s.store.Space(); sp.Short {
+		out.Findings = append(out.Findings, &v1.Finding{Code: "state-disk-full", Severity: "error", Title: "the disk of the state directory is full",
+			Detail: fmt.Sprintf("no space left: %d MiB of %d are free in %s; nothing new is taken, what runs goes on", sp.Free>>20, sp.Need>>20, sp.Dir),
+			Remedy: "free some space on it (`tandem image prune`, `tandem volume rm`); a restart is not needed"})
+	}
 	for _, h := range store.List[*v1.Host](s.store, "") {
 		if !h.Connected {
 			out.Findings = append(out.Findings, &v1.Finding{Code: "host-away", Severity: "error", Title: "host " + h.Meta.Name + " is not connected",

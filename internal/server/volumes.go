@@ -72,7 +72,7 @@ func (k *volumes) Create(ctx context.Context, req *connect.Request[v1.CreateVolu
 		return nil, fmt.Errorf("volume name %.80q or size %d is not possible: %w", r.Name, r.SizeBytes, errdefs.ErrInvalidArgument)
 	}
 	v := s.newVolume(project, r.Name, r.SizeBytes, r.Labels)
-	_, err := s.store.Create(ctx, v)
+	_, err := s.store.Create(store.Growing(ctx), v)
 	if errdefs.IsAlreadyExists(err) {
 		old, gerr := store.Get[*v1.Volume](s.store, store.KeyOf(v))
 		switch {

@@ -19,17 +19,29 @@ import (
 	"tandem/internal/files"
 )
 
-// minFree is what must be free for the store to start: one log segment and slack.
+// minFree is what must be free for the store to start without a reserve of its
+// own: the segments of the log, and slack.
 const minFree = 24 << 20
 
-// prepareDir makes the directory and proves that it can be written durably.
-func prepareDir(dir string) error {
+// prepareDir makes the directory, takes it for this process (the kernel lets go
+// when it dies), and proves that it can be written durably.
+func prepareDir(dir string) (_ *os.File, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("state directory %s: %w: %w", dir, err, diskClass(err))
+		return nil, fmt.Errorf("state directory %s: %w: %w", dir, err, diskClass(err))
 	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	reserved := reserveForStart(dir)
 	f, err := os.CreateTemp(dir, ".probe-")
 	if err != nil {
-		return fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
+		return nil, fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
@@ -37,17 +49,16 @@ func prepareDir(dir string) error {
 		err = f.Sync()
 	}
 	if err != nil {
-		return fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
+		return nil, fmt.Errorf("state directory %s can't be written: %w: %w", dir, err, diskClass(err))
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err == nil && st.Bsize > 0 && uint64(st.Bavail) < minFree/uint64(st.Bsize) {
-		return fmt.Errorf("state directory %s has %d MiB left and needs %d: free some space: %w", dir,
-			uint64(st.Bavail)*uint64(st.Bsize)>>20, minFree>>20, errdefs.ErrResourceExhausted)
+	if free, _ := freeBytes(dir); !reserved && free < minFree {
+		return nil, fmt.Errorf("state directory %s has no space left: %d MiB are free and %d are needed to start: free some: %w", dir,
+			free>>20, minFree>>20, errdefs.ErrResourceExhausted)
 	}
-	return nil
+	return lock, nil
 }
 
-// lockDir takes the directory for this process; the kernel lets go when it dies.
+// lockDir takes the directory.
 func lockDir(dir string) (*os.File, error) {
 	p := filepath.Join(dir, "lock")
 	f, err := os.OpenFile(p, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
@@ -64,8 +75,9 @@ func lockDir(dir string) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("%s is using the state directory %s: stop it first or choose another --state-dir: %w", who, dir, errdefs.ErrFailedPrecondition)
 	}
-	if err := f.Truncate(0); err == nil {
-		f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	pid := fmt.Appendf(nil, "%d\n", os.Getpid())
+	if _, err := f.WriteAt(pid, 0); err == nil { // over the old one: its block is there, also on a full disk
+		f.Truncate(int64(len(pid)))
 	}
 	return f, nil
 }

@@ -23,9 +23,9 @@ const (
 )
 
 func init() {
-	// A segment of the log is preallocated: 64 MB would be most of a small state
-	// directory.
-	wal.SegmentSizeBytes = 16 << 20
+	// Three segments of the log are allocated ahead (see reserve): of 64 MB they
+	// would be most of a small state directory.
+	wal.SegmentSizeBytes = segmentBytes
 }
 
 // member is the embedded etcd.
@@ -48,7 +48,7 @@ func startMember(ctx context.Context, opts Options, fail func(error)) (*member, 
 	// should cost nothing.
 	cfg.TickMs, cfg.ElectionMs = 200, 1000
 	cfg.PreVote = false
-	cfg.SnapshotCount = 5000
+	cfg.SnapshotCount = snapEvery
 	cfg.SnapshotCatchUpEntries = 100
 	cfg.MaxSnapFiles, cfg.MaxWalFiles = 2, 2
 	cfg.QuotaBackendBytes = opts.QuotaBytes

@@ -16,6 +16,9 @@
 // record that cannot be decoded; the others stay usable), FailedPrecondition
 // (another server owns the directory, or it is read-only), ResourceExhausted
 // (disk full), Unavailable (etcd does not answer).
+//
+// A disk that fills up stops no store: see Growing, Space and the architecture's
+// page of the store.
 package store
 
 import (
@@ -63,6 +66,8 @@ type Store struct {
 	client  *clientv3.Client
 	aead    cipher.AEAD
 	cluster string
+	reserve *reserve // nil with Endpoints
+	keeping sync.WaitGroup
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -102,10 +107,7 @@ func Open(ctx context.Context, opts Options) (_ *Store, err error) {
 			s.shutdown()
 		}
 	}()
-	if err := prepareDir(opts.Dir); err != nil {
-		return nil, err
-	}
-	if s.lock, err = lockDir(opts.Dir); err != nil {
+	if s.lock, err = prepareDir(opts.Dir); err != nil {
 		return nil, err
 	}
 	if s.aead, err = loadKey(filepath.Join(opts.Dir, "secret.key")); err != nil {
@@ -130,12 +132,44 @@ func Open(ctx context.Context, opts Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if s.member != nil {
+		e := s.member.etcd.Server
+		s.reserve = newReserve(opts.Dir, opts.Logger, func() int64 { return e.Backend().Size() }, e.AppliedIndex)
+		s.keeping.Go(func() { s.reserve.keep(s.ctx) })
+	}
 	go s.follow(rev)
 	return s, nil
 }
 
 // ClusterID is random, made at the first Open, and stays.
 func (s *Store) ClusterID() string { return s.cluster }
+
+// Space says how it stands with the disk of the state directory, and gives a
+// channel that is closed when it becomes short or has space again. Of an etcd that
+// runs elsewhere nothing is known.
+func (s *Store) Space() (Space, <-chan struct{}) {
+	if s.reserve == nil {
+		return Space{}, nil
+	}
+	s.reserve.mu.Lock()
+	defer s.reserve.mu.Unlock()
+	return s.reserve.space, s.reserve.moved
+}
+
+type growing struct{}
+
+// Growing marks the writes of whoever uses this context as wishes for more: while
+// the disk of the state directory is short they are ResourceExhausted, unless they
+// only take things away. All other writes go on from what is kept in reserve.
+func Growing(ctx context.Context) context.Context { return context.WithValue(ctx, growing{}, true) }
+
+// admit says whether a write of so many bytes finds its space.
+func (s *Store) admit(ctx context.Context, bytes int64, adds bool) error {
+	if s.reserve == nil {
+		return nil
+	}
+	return s.reserve.admit(bytes, adds && ctx.Value(growing{}) != nil)
+}
 
 // Failed is closed when the store can't go on (disk full, data base broken);
 // Err then says why. A server should end: a restart is safe at any time.
@@ -165,6 +199,7 @@ func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		s.cancel()
 		<-s.done
+		s.keeping.Wait()
 		s.closeErr = s.shutdown()
 	})
 	return s.closeErr

@@ -20,6 +20,8 @@ type Txn struct {
 	recs []Record
 	keys []Key
 	new  map[Key]bool
+	size int64 // bytes written
+	adds bool  // it does more than take things away
 	err  error
 }
 
@@ -39,6 +41,8 @@ func (t *Txn) put(r Record, cmp clientv3.Cmp, k Key) {
 	}
 	t.cmps, t.ops = append(t.cmps, cmp), append(t.ops, clientv3.OpPut(k.path(), string(b)))
 	t.recs, t.keys = append(t.recs, r), append(t.keys, k)
+	t.size += int64(len(b))
+	t.adds = t.adds || !r.GetMeta().GetDeleting()
 }
 
 // Create adds a record that must not be there.
@@ -89,6 +93,9 @@ func (t *Txn) Commit(ctx context.Context) (uint64, error) {
 	}
 	if t.s.ctx.Err() != nil {
 		return 0, t.s.gone()
+	}
+	if err := t.s.admit(ctx, t.size+int64(128*(len(t.ops)+len(t.cmps))), t.adds); err != nil {
+		return 0, err
 	}
 	rctx, cancel := t.s.reqCtx(ctx)
 	defer cancel()
@@ -146,6 +153,9 @@ func (s *Store) Delete(ctx context.Context, r Record) error {
 // Purge removes whatever is at k, decodable or not: the way out of DataLoss.
 func (s *Store) Purge(ctx context.Context, k Key) error {
 	if err := checkKey(k); err != nil {
+		return err
+	}
+	if err := s.admit(ctx, 256, false); err != nil {
 		return err
 	}
 	rctx, cancel := s.reqCtx(ctx)
