@@ -335,6 +335,17 @@ func (a *Agent) hasContainer(id string) bool {
 	return a.containers[id] != nil
 }
 
+// anonymous are the beginnings of the names of all containers' anonymous volumes.
+func (a *Agent) anonymous() map[string]bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	m := make(map[string]bool, len(a.containers))
+	for id := range a.containers {
+		m[anonymousOf(id)] = true
+	}
+	return m
+}
+
 // belongs says that a container that a runtime has is to be there, or that its
 // actor will remove it. What was removed while its kernel could not be talked to
 // is not: the kernel's next session deletes it.

@@ -216,7 +216,9 @@ func TestStopOutlivesTheAgent(t *testing.T) {
 		r.stop()
 		r.start()
 		r.until(time.Minute, "stopped", func() bool { return r.state("cm-1", exited)() && r.state("c", exited)() })
-		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.cs["cm-1"].st.State != exited || r.w.rt.cs["c"].st.State != exited }) {
+		if r.peek(func() bool {
+			return r.w.drv.ms["m-1"].rt.cs["cm-1"].st.State != exited || r.w.rt.cs["c"].st.State != exited
+		}) {
 			t.Error("a container runs that is said to have ended")
 		}
 		if st := r.status("cm-1"); st.ExitCode != 137 || st.FinishedAt == nil {

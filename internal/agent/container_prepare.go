@@ -86,6 +86,11 @@ func (c *container) prepare(ctx context.Context, want *v1.ContainerAssignment) e
 	if err != nil {
 		return err
 	}
+	for i, v := range vols { // what it has already stays, whatever it is called
+		if k := slices.IndexFunc(r.Volumes, func(o volumeUse) bool { return o.Anonymous && o.Target == v.Target }); v.Anonymous && k >= 0 {
+			vols[i].ID = r.Volumes[k].ID
+		}
+	}
 	var disks []disk
 	var names []string
 	for _, l := range layers {

@@ -148,6 +148,7 @@ func (f *fakeVolumes) List(ctx context.Context) (out []volume.Volume, err error)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, v := range f.vols {
+		v.Holder = f.used[v.ID]
 		out = append(out, v)
 	}
 	return out, nil

@@ -46,10 +46,24 @@ func volumeDisk(id string) string { return diskName("", id) }
 func scratchID(machine string) string { return "scratch-" + machine }
 
 // anonymousID is the volume behind an anonymous mount of a container: the same
-// name each time, so that a repeated step finds it again.
+// name each time, so that a repeated step finds it again, and one that tells whose
+// it is when no record does (see anonymousOf).
 func anonymousID(container, target string) string {
-	h := sha256.Sum256([]byte(container + "\x00" + target))
-	return "anon-" + hex.EncodeToString(h[:10])
+	h := sha256.Sum256([]byte(target))
+	return anonymousOf(container) + hex.EncodeToString(h[:6])
+}
+
+// anonymousOf is what the names of a container's anonymous volumes begin with.
+func anonymousOf(container string) string {
+	h := sha256.Sum256([]byte(container))
+	return "anon-" + hex.EncodeToString(h[:8]) + "-"
+}
+
+// anonymousOwner cuts a name to what anonymousOf gives; false: it is none of these.
+func anonymousOwner(volume string) (string, bool) {
+	hexes, ok := strings.CutPrefix(volume, "anon-")
+	owner, _, two := strings.Cut(hexes, "-")
+	return "anon-" + owner + "-", ok && two
 }
 
 // ownDisk tells volumes that the agent makes by itself from named ones.

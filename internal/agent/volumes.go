@@ -2,12 +2,14 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/volume"
 )
 
 // volumeKeeper makes the disks of named volumes and removes those that it is told
@@ -89,10 +91,18 @@ func (v *volumeKeeper) reconcile(ctx context.Context) error {
 		return err
 	}
 	left := map[string]bool{}
+	owners := a.anonymous() // after the list: who made what is in it is among them, or gone
 	for _, vol := range have {
 		machine, scratch := strings.CutPrefix(vol.ID, "scratch-")
 		switch {
-		case want[vol.ID], strings.HasPrefix(vol.ID, "anon-"): // an anonymous one goes with its container
+		case want[vol.ID]:
+		case strings.HasPrefix(vol.ID, "anon-"):
+			// It goes with its container, which removes it by itself unless that was cut short.
+			if owner, ok := anonymousOwner(vol.ID); ok && !spec.Incomplete && !owners[owner] {
+				if err := v.orphan(ctx, vol); err != nil {
+					failed = err
+				}
+			}
 		case deleted[vol.ID]:
 			if err := a.o.Volumes.Remove(ctx, vol.ID); err != nil && !errdefs.IsNotFound(err) {
 				failed, left[vol.ID] = err, true // in use: its container is still ending
@@ -126,6 +136,43 @@ func (v *volumeKeeper) reconcile(ctx context.Context) error {
 		failed = err
 	}
 	return failed
+}
+
+// orphan removes an anonymous volume whose container is gone: an agent was killed
+// before it wrote down that it had made it, or the container's record was lost.
+func (v *volumeKeeper) orphan(ctx context.Context, vol volume.Volume) error {
+	if vol.Holder != "" {
+		machine := vol.Holder
+		if machine == volumeHolder("") {
+			machine = ""
+		}
+		if err := v.letGo(ctx, vol, machine); err != nil {
+			return fmt.Errorf("anonymous volume %s of a container that is gone: %w", vol.ID, err)
+		}
+	}
+	if err := v.a.o.Volumes.Remove(ctx, vol.ID); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("anonymous volume %s of a container that is gone: %w", vol.ID, err)
+	}
+	v.a.log.Info("removed an anonymous volume whose container is gone", "volume", vol.ID)
+	return nil
+}
+
+// letGo takes a volume that no container holds out of a kernel.
+func (v *volumeKeeper) letGo(ctx context.Context, vol volume.Volume, machine string) error {
+	k := v.a.kernel(machine)
+	if k == nil { // and so is the machine
+		if err := v.a.o.Volumes.Unuse(ctx, vol.ID, vol.Holder); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		return nil
+	}
+	sess := k.observe("").sess
+	if sess == nil && k.mayRun() {
+		return fmt.Errorf("%s can't be asked to let go of it: %w", k, errdefs.ErrUnavailable)
+	}
+	const nobody = "" // no container's id
+	k.disks.hold(nobody, []disk{{Name: volumeDisk(vol.ID), Path: vol.Path, FSType: "ext4", Volume: vol.ID}})
+	return k.disks.release(ctx, sess, nobody)
 }
 
 // leases lets go of images held by containers that are gone.

@@ -235,7 +235,8 @@ func (s *LocalStore) get(id string) (Volume, error) {
 	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
 		used = sys.Blocks * 512
 	}
-	return Volume{ID: id, Path: s.path(id), SizeBytes: st.Size(), UsedBytes: used}, nil
+	holder, _ := s.holder(id) // a damaged mark is told by what needs it
+	return Volume{ID: id, Path: s.path(id), SizeBytes: st.Size(), UsedBytes: used, Holder: holder}, nil
 }
 
 // List implements Store, sorted by id.

@@ -135,6 +135,9 @@ func TestLifeOfAVolume(t *testing.T) {
 	if err := s.Use(ctx, "data", "m-1"); err != nil {
 		t.Errorf("the same holder after a restart: %v", err)
 	}
+	if v, err := s.Get(ctx, "data"); err != nil || v.Holder != "m-1" {
+		t.Fatalf("who holds it: %+v, %v", v, err)
+	}
 	if err := s.Use(ctx, "data", "m-2"); !errors.Is(err, errdefs.ErrFailedPrecondition) {
 		t.Errorf("uses were lost: %v", err)
 	}

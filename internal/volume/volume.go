@@ -18,6 +18,7 @@ type Volume struct {
 	Path      string // raw ext4 image
 	SizeBytes int64  // virtual size
 	UsedBytes int64  // blocks allocated on the host
+	Holder    string // who has it in use (see Store.Use); empty: nobody, or nobody can tell
 }
 
 // Store makes and removes disks. Implemented by Open's result.
