@@ -69,7 +69,7 @@ func TestAddresses(t *testing.T) {
 
 func TestCarver(t *testing.T) {
 	c := &Controller{opts: Options{ClusterCIDR: netip.MustParsePrefix("10.64.0.0/20"), NetworkBits: 22}}
-	k := c.Carver([]*v1.Network{{Cidr: "10.64.0.0/22"}, {Cidr: "10.64.9.0/24"}})
+	k := c.Carver(&store.Snapshot{Networks: []*v1.Network{{Cidr: "10.64.0.0/22"}, {Cidr: "10.64.9.0/24"}}})
 	for _, want := range []string{"10.64.4.0/22", "10.64.12.0/22"} {
 		if got, err := k.Take(""); err != nil || got != want {
 			t.Fatal(got, err)

@@ -3,10 +3,12 @@ package control
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
 	v1 "tandem/api/tandem/v1"
+	"tandem/internal/store"
 )
 
 // blockBits is how long a machine's prefix is: 16 addresses.
@@ -21,7 +23,9 @@ type ipam struct {
 
 const metalBlock = "metal"
 
-func newIPAM(containers []*v1.Container, machines []*v1.Machine) *ipam {
+// newIPAM starts from what containers and machines have; further addresses are in
+// use by somebody of whom nothing else is known.
+func newIPAM(containers []*v1.Container, machines []*v1.Machine, further ...string) *ipam {
 	p := &ipam{used: map[netip.Addr]bool{}, blocks: map[netip.Prefix]string{}}
 	for _, m := range machines {
 		for _, s := range m.Prefixes {
@@ -30,16 +34,27 @@ func newIPAM(containers []*v1.Container, machines []*v1.Machine) *ipam {
 			}
 		}
 	}
-	for _, c := range containers {
-		a, err := netip.ParseAddr(c.GetAssignment().GetIp())
-		if err != nil {
-			continue
+	use := func(ip, owner string) {
+		a, err := netip.ParseAddr(ip)
+		if err != nil || !a.Is4() {
+			return
 		}
 		p.used[a] = true
 		b := netip.PrefixFrom(a, blockBits).Masked()
 		if p.blocks[b] == "" {
-			p.blocks[b] = metalBlock
+			p.blocks[b] = owner
 		}
+	}
+	for _, c := range containers {
+		if id := c.GetAssignment().GetMachineId(); id != "" {
+			use(c.Assignment.Ip, id) // also if the machine is unknown: it is no metal block
+		}
+	}
+	for _, c := range containers {
+		use(c.GetAssignment().GetIp(), metalBlock)
+	}
+	for _, ip := range further {
+		use(ip, "unknown") // a machine may own the whole block
 	}
 	return p
 }
@@ -136,12 +151,18 @@ type Carver struct {
 	cluster netip.Prefix
 	bits    int
 	used    []netip.Prefix
+	broken  error // why none may be given out
 }
 
-// Carver starts from the networks that are there.
-func (c *Controller) Carver(networks []*v1.Network) *Carver {
+// Carver starts from the networks that are there, also of those whose record
+// can't be read any more.
+func (c *Controller) Carver(snap *store.Snapshot) *Carver {
 	k := &Carver{cluster: c.opts.ClusterCIDR, bits: c.opts.NetworkBits}
-	for _, n := range networks {
+	last, all := store.LastOf[*v1.Network](snap)
+	if !all {
+		k.broken = unknown(snap, store.Networks, "range")
+	}
+	for _, n := range append(slices.Clip(snap.Networks), last...) {
 		if p, err := netip.ParsePrefix(n.Cidr); err == nil {
 			k.used = append(k.used, p)
 		}
@@ -151,6 +172,9 @@ func (c *Controller) Carver(networks []*v1.Network) *Carver {
 
 // Take finds a range; want is the one asked for, or "".
 func (k *Carver) Take(want string) (string, error) {
+	if k.broken != nil {
+		return "", k.broken
+	}
 	if want != "" {
 		p, err := netip.ParsePrefix(want)
 		if err != nil || !p.Addr().Is4() || p.Bits() > blockBits || p.Bits() < 8 || !p.Addr().IsPrivate() {

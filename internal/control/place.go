@@ -25,24 +25,31 @@ func (c *Controller) place(ctx context.Context) (time.Duration, error) {
 	defer c.planMu.Unlock()
 	snap := c.store.Snapshot()
 	c.plan.sync() // after the snapshot: the planner knows at least as much
+	waiting := slices.DeleteFunc(slices.Clone(snap.Containers), func(x *v1.Container) bool { return !unplaced(x) })
+	if len(waiting) == 0 {
+		return 0, nil
+	}
+	claimed := c.claims(snap)
+	w := newPlacement(c, snap, claimed)
 	var ids []string
-	for _, x := range snap.Containers {
-		if unplaced(x) {
-			ids = append(ids, x.Meta.Id)
-			// Services and volumes it refers to may have come after it.
-			if err := c.plan.state.SetContainer(c.plan.container(x)); err != nil {
-				return 0, err
-			}
+	for _, x := range waiting {
+		if err := claimed.blocks(x); err != nil {
+			w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
+			continue
+		}
+		ids = append(ids, x.Meta.Id)
+		// Services and volumes it refers to may have come after it.
+		if err := c.plan.state.SetContainer(c.plan.container(x)); err != nil {
+			return 0, err
 		}
 	}
 	if len(ids) == 0 {
-		return 0, nil
+		return 0, w.commit(ctx)
 	}
 	plan, err := c.plan.state.Decide(planner.Question{Place: ids})
 	if err != nil {
 		return 0, fmt.Errorf("placing %d containers: %w", len(ids), err)
 	}
-	w := newPlacement(c, snap)
 	for _, a := range plan.Actions {
 		w.action(a)
 	}
@@ -72,8 +79,8 @@ type placement struct {
 	replacer   *strings.Replacer
 }
 
-func newPlacement(c *Controller, snap *store.Snapshot) *placement {
-	w := &placement{c: c, snap: snap, tx: c.store.Txn(), ipam: newIPAM(snap.Containers, snap.Machines), ports: takenPorts(snap.Containers),
+func newPlacement(c *Controller, snap *store.Snapshot, k *claims) *placement {
+	w := &placement{c: c, snap: snap, tx: c.store.Txn(), ipam: newIPAM(k.containers, k.machines, k.addresses...), ports: takenPorts(k.containers),
 		hosts: map[string]*v1.Host{}, machines: map[string]*v1.Machine{}, fresh: map[string]bool{}, changed: map[string]*v1.Machine{},
 		checked: map[string]bool{}, containers: map[string]*v1.Container{}, networks: map[string]*v1.Network{}, volumes: map[string]*v1.Volume{}, names: map[string]bool{}}
 	for _, h := range snap.Hosts {

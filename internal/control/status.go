@@ -38,6 +38,7 @@ func (s *session) watch(ctx context.Context) error {
 func (s *session) take(in *v1.HostStatus) {
 	h := s.h
 	c := h.c
+	h.reported(s.hostID, in)
 	s.mu.Lock()
 	s.lastIn = c.clock.Now()
 	if in.Full {
@@ -83,6 +84,9 @@ func (s *session) take(in *v1.HostStatus) {
 	}
 	if removed > 0 || first {
 		c.poke("collect")
+	}
+	if first {
+		c.poke("place") // what was not known may be now: see claims
 	}
 	if len(in.Events) > 0 {
 		evs := make([]*v1.Event, 0, len(in.Events))

@@ -66,7 +66,7 @@ func (s *Server) newDiff(r *v1.ApplyProjectRequest) (*diff, error) {
 	mine := func(c *v1.Container) bool {
 		return c.Meta.Project == r.Project && !c.OneOff && (templates[c.Service] != nil || c.Service != "" && r.RemoveOrphans)
 	}
-	if err := portConflicts(snap.Containers, templates, mine).err(); err != nil {
+	if err := portConflicts(control.Claimed(snap), templates, mine).err(); err != nil {
 		return nil, err
 	}
 	old := map[string]*v1.Service{}
@@ -154,7 +154,7 @@ func (d *diff) networks() error {
 			have[n.Meta.Name] = n
 		}
 	}
-	carver := d.s.ctl.Carver(d.snap.Networks)
+	carver := d.s.ctl.Carver(d.snap)
 	for _, name := range sortedKeys(want) {
 		w, old := want[name], have[name]
 		if old == nil {

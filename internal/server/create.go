@@ -80,7 +80,7 @@ func (s *Server) portsFree(c *v1.Container) error {
 	mine := func(o *v1.Container) bool {
 		return o.Meta.Id == c.Meta.Id || (c.Service != "" && !c.OneOff && o.Service == c.Service && o.Meta.Project == c.Meta.Project && !o.OneOff)
 	}
-	p := portConflicts(store.List[*v1.Container](s.store, ""), map[string]*v1.ContainerSpec{c.Meta.Name: c.Spec}, mine)
+	p := portConflicts(control.Claimed(s.store.Snapshot()), map[string]*v1.ContainerSpec{c.Meta.Name: c.Spec}, mine)
 	if len(p.list) > 0 {
 		return fmt.Errorf("%s: %w", strings.Join(p.list, "; "), errdefs.ErrAlreadyExists)
 	}
@@ -113,7 +113,7 @@ func (s *Server) surround(tx *store.Txn, c *v1.Container) error {
 		case n != "default":
 			return fmt.Errorf("project %s has no network %s: %w", project, n, errdefs.ErrNotFound)
 		}
-		cidr, err := s.ctl.Carver(store.List[*v1.Network](s.store, "")).Take("")
+		cidr, err := s.ctl.Carver(s.store.Snapshot()).Take("")
 		if err != nil {
 			return err
 		}

@@ -18,7 +18,8 @@ type cache struct {
 	kinds   map[Kind]map[Key]Record
 	ids     map[string]Key // kind + "/" + id
 	corrupt map[Key]error
-	moved   chan struct{} // closed and renewed when rev grows
+	last    map[Key]Record // last readable copies of corrupt ones
+	moved   chan struct{}  // closed and renewed when rev grows
 	subs    map[*Subscription]struct{}
 	closed  bool
 }
@@ -30,6 +31,7 @@ func (c *cache) init() {
 	}
 	c.ids = make(map[string]Key)
 	c.corrupt = make(map[Key]error)
+	c.last = make(map[Key]Record)
 	c.moved = make(chan struct{})
 	c.subs = make(map[*Subscription]struct{})
 }
@@ -51,6 +53,11 @@ func (c *cache) set(k Key, r Record, bad error) {
 	delete(c.corrupt, k)
 	if old != nil && old.GetMeta().GetId() != "" {
 		delete(c.ids, string(k.Kind)+"/"+old.GetMeta().GetId())
+	}
+	if bad == nil {
+		delete(c.last, k)
+	} else if old != nil {
+		c.last[k] = old
 	}
 	if r == nil {
 		delete(m, k)

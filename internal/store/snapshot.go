@@ -19,6 +19,9 @@ type Snapshot struct {
 	// Corrupt are the keys of records that could not be decoded: what they stand
 	// for is there, though no list has it.
 	Corrupt []Key
+	// Last are the last readable copies of those, as far as there are any: good for
+	// what they hold (addresses, ports) and for nothing else.
+	Last []Record
 }
 
 // Unreadable says whether a record of one of these kinds could not be decoded, so
@@ -45,5 +48,6 @@ func (s *Store) Snapshot() *Snapshot {
 		Volumes:    list[*v1.Volume](c, Volumes, ""),
 		Hosts:      list[*v1.Host](c, Hosts, ""),
 		Corrupt:    c.corruptKeys(),
+		Last:       c.lost(),
 	}
 }

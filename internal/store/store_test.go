@@ -125,6 +125,8 @@ func TestCorruptRecordIsLeftOut(t *testing.T) {
 		}
 		if snap := s.Snapshot(); len(s.Corrupt()) != 1 || !snap.Broken(k) || !snap.Unreadable(Volumes, Containers) || snap.Unreadable(Volumes) {
 			t.Fatal(s.Corrupt(), snap.Corrupt)
+		} else if last, all := LastOf[*v1.Container](snap); len(last) != 1 || !all || last[0].Meta.Id != "id-p-b" || last[0].Meta.Revision == 0 {
+			t.Fatal("its last readable copy is", last)
 		}
 		if _, err := s.Create(ctx, container("p", "b")); !errdefs.IsDataLoss(err) {
 			t.Fatal(err)

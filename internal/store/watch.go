@@ -13,9 +13,10 @@ import (
 func (s *Store) load(ctx context.Context) (int64, error) {
 	seen := make(map[Key]bool)
 	type item struct {
-		k   Key
-		r   Record
-		err error
+		k    Key
+		r    Record
+		last Record // of one that can't be read
+		err  error
 	}
 	var items []item
 	var rev int64
@@ -38,10 +39,12 @@ func (s *Store) load(ctx context.Context) (int64, error) {
 			}
 			seen[k] = true
 			r, err := s.decode(k, kv.Value, kv.ModRevision)
+			it := item{k: k, r: r, err: err}
 			if err != nil {
-				s.log.Error("record left out", "err", err)
+				it.last = s.lastReadable(ctx, k, kv.Value, kv.ModRevision)
+				s.log.Error("record left out", "err", err, "older_copy", it.last != nil)
 			}
-			items = append(items, item{k, r, err})
+			items = append(items, it)
 		}
 		if !res.More || len(res.Kvs) == 0 {
 			break
@@ -66,6 +69,9 @@ func (s *Store) load(ctx context.Context) (int64, error) {
 	for _, it := range items {
 		if it.err != nil {
 			c.set(it.k, nil, it.err)
+			if it.last != nil && c.last[it.k] == nil {
+				c.last[it.k] = it.last
+			}
 		} else if old := c.kinds[it.k.Kind][it.k]; old == nil || old.GetMeta().GetRevision() != it.r.GetMeta().GetRevision() {
 			c.set(it.k, it.r, nil)
 		}
@@ -106,9 +112,10 @@ func (s *Store) follow(rev int64) {
 
 func (s *Store) apply(res clientv3.WatchResponse) {
 	type item struct {
-		k   Key
-		r   Record
-		err error
+		k    Key
+		r    Record
+		last Record
+		err  error
 	}
 	items := make([]item, 0, len(res.Events))
 	for _, e := range res.Events {
@@ -121,6 +128,7 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 			it.r, it.err = s.decode(k, e.Kv.Value, e.Kv.ModRevision)
 			if it.err != nil {
 				s.log.Error("record left out", "err", it.err)
+				it.last = s.lastReadable(s.ctx, k, e.Kv.Value, e.Kv.ModRevision)
 			}
 		}
 		items = append(items, it)
@@ -130,6 +138,9 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 	defer c.mu.Unlock()
 	for _, it := range items {
 		c.set(it.k, it.r, it.err)
+		if it.last != nil && c.last[it.k] == nil {
+			c.last[it.k] = it.last
+		}
 	}
 	c.advance(uint64(res.Header.Revision))
 }

@@ -319,7 +319,9 @@ func (h *Host) status(seen uint64, full bool) *v1.HostStatus {
 	}
 	for _, id := range slices.Sorted(maps.Keys(h.containers)) {
 		if full || h.touched[id] > seen {
-			st.Containers = append(st.Containers, proto.Clone(h.containers[id].st).(*v1.ContainerStatus))
+			x := proto.Clone(h.containers[id].st).(*v1.ContainerStatus)
+			x.Ip = h.containers[id].a.GetIp()
+			st.Containers = append(st.Containers, x)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(h.volumes)) {
