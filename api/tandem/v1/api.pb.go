@@ -3400,6 +3400,363 @@ func (x *ExplainResponse) GetText() string {
 	return ""
 }
 
+type ListStateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStateRequest) Reset() {
+	*x = ListStateRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStateRequest) ProtoMessage() {}
+
+func (x *ListStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStateRequest.ProtoReflect.Descriptor instead.
+func (*ListStateRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{58}
+}
+
+type ListStateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Unreadable    []*UnreadableRecord    `protobuf:"bytes,1,rep,name=unreadable,proto3" json:"unreadable,omitempty"`
+	Directory     string                 `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`                   // of the state
+	FreeBytes     uint64                 `protobuf:"varint,3,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"` // on its disk
+	Full          bool                   `protobuf:"varint,4,opt,name=full,proto3" json:"full,omitempty"`                            // nothing new is taken until there is space
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStateResponse) Reset() {
+	*x = ListStateResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStateResponse) ProtoMessage() {}
+
+func (x *ListStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStateResponse.ProtoReflect.Descriptor instead.
+func (*ListStateResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ListStateResponse) GetUnreadable() []*UnreadableRecord {
+	if x != nil {
+		return x.Unreadable
+	}
+	return nil
+}
+
+func (x *ListStateResponse) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
+func (x *ListStateResponse) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *ListStateResponse) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+// UnreadableRecord is a record that can't be decoded.
+type UnreadableRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // "container", "machine", ...
+	Project       string                 `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Error         string                 `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	OlderCopy     bool                   `protobuf:"varint,5,opt,name=older_copy,json=olderCopy,proto3" json:"older_copy,omitempty"` // an older copy tells its addresses and ports
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnreadableRecord) Reset() {
+	*x = UnreadableRecord{}
+	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnreadableRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnreadableRecord) ProtoMessage() {}
+
+func (x *UnreadableRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnreadableRecord.ProtoReflect.Descriptor instead.
+func (*UnreadableRecord) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *UnreadableRecord) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *UnreadableRecord) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *UnreadableRecord) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UnreadableRecord) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *UnreadableRecord) GetOlderCopy() bool {
+	if x != nil {
+		return x.OlderCopy
+	}
+	return false
+}
+
+type PurgeStateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Project       string                 `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeStateRequest) Reset() {
+	*x = PurgeStateRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeStateRequest) ProtoMessage() {}
+
+func (x *PurgeStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeStateRequest.ProtoReflect.Descriptor instead.
+func (*PurgeStateRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *PurgeStateRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *PurgeStateRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *PurgeStateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type PurgeStateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeStateResponse) Reset() {
+	*x = PurgeStateResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeStateResponse) ProtoMessage() {}
+
+func (x *PurgeStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeStateResponse.ProtoReflect.Descriptor instead.
+func (*PurgeStateResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{62}
+}
+
+type BackupStateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupStateRequest) Reset() {
+	*x = BackupStateRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupStateRequest) ProtoMessage() {}
+
+func (x *BackupStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupStateRequest.ProtoReflect.Descriptor instead.
+func (*BackupStateRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{63}
+}
+
+type BackupStateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupStateResponse) Reset() {
+	*x = BackupStateResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupStateResponse) ProtoMessage() {}
+
+func (x *BackupStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupStateResponse.ProtoReflect.Descriptor instead.
+func (*BackupStateResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *BackupStateResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 // Plan is what will be done, in order.
 type Plan struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3413,7 +3770,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	mi := &file_tandem_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3425,7 +3782,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	mi := &file_tandem_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3438,7 +3795,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Plan) GetRevision() uint64 {
@@ -3485,7 +3842,7 @@ type PlanAction struct {
 
 func (x *PlanAction) Reset() {
 	*x = PlanAction{}
-	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	mi := &file_tandem_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3497,7 +3854,7 @@ func (x *PlanAction) String() string {
 func (*PlanAction) ProtoMessage() {}
 
 func (x *PlanAction) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	mi := &file_tandem_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3510,7 +3867,7 @@ func (x *PlanAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanAction.ProtoReflect.Descriptor instead.
 func (*PlanAction) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PlanAction) GetKind() string {
@@ -3580,7 +3937,7 @@ type Unplaced struct {
 
 func (x *Unplaced) Reset() {
 	*x = Unplaced{}
-	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	mi := &file_tandem_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3592,7 +3949,7 @@ func (x *Unplaced) String() string {
 func (*Unplaced) ProtoMessage() {}
 
 func (x *Unplaced) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	mi := &file_tandem_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3605,7 +3962,7 @@ func (x *Unplaced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unplaced.ProtoReflect.Descriptor instead.
 func (*Unplaced) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Unplaced) GetContainer() string {
@@ -3886,7 +4243,31 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12,\n" +
 	"\amachine\x18\x03 \x01(\v2\x12.tandem.v1.MachineR\amachine\x12#\n" +
 	"\x04host\x18\x04 \x01(\v2\x0f.tandem.v1.HostR\x04host\x12\x12\n" +
-	"\x04text\x18\x05 \x01(\tR\x04text\"\xa0\x01\n" +
+	"\x04text\x18\x05 \x01(\tR\x04text\"\x12\n" +
+	"\x10ListStateRequest\"\xa1\x01\n" +
+	"\x11ListStateResponse\x12;\n" +
+	"\n" +
+	"unreadable\x18\x01 \x03(\v2\x1b.tandem.v1.UnreadableRecordR\n" +
+	"unreadable\x12\x1c\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x03 \x01(\x04R\tfreeBytes\x12\x12\n" +
+	"\x04full\x18\x04 \x01(\bR\x04full\"\x89\x01\n" +
+	"\x10UnreadableRecord\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\aproject\x18\x02 \x01(\tR\aproject\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x14\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\x12\x1d\n" +
+	"\n" +
+	"older_copy\x18\x05 \x01(\bR\tolderCopy\"U\n" +
+	"\x11PurgeStateRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\aproject\x18\x02 \x01(\tR\aproject\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"\x14\n" +
+	"\x12PurgeStateResponse\"\x14\n" +
+	"\x12BackupStateRequest\")\n" +
+	"\x13BackupStateResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xa0\x01\n" +
 	"\x04Plan\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12/\n" +
 	"\aactions\x18\x02 \x03(\v2\x15.tandem.v1.PlanActionR\aactions\x12/\n" +
@@ -3957,7 +4338,11 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x06Events\x12\x18.tandem.v1.EventsRequest\x1a\x10.tandem.v1.Event0\x01\x12B\n" +
 	"\x05Hosts\x12\x1b.tandem.v1.ListHostsRequest\x1a\x1c.tandem.v1.ListHostsResponse\x12/\n" +
 	"\x04Plan\x12\x16.tandem.v1.PlanRequest\x1a\x0f.tandem.v1.Plan\x12B\n" +
-	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponseB\x1fZ\x1dtandem/api/tandem/v1;tandemv1b\x06proto3"
+	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponse2\xe2\x01\n" +
+	"\fStateService\x12A\n" +
+	"\x04List\x12\x1b.tandem.v1.ListStateRequest\x1a\x1c.tandem.v1.ListStateResponse\x12D\n" +
+	"\x05Purge\x12\x1c.tandem.v1.PurgeStateRequest\x1a\x1d.tandem.v1.PurgeStateResponse\x12I\n" +
+	"\x06Backup\x12\x1d.tandem.v1.BackupStateRequest\x1a\x1e.tandem.v1.BackupStateResponse0\x01B\x1fZ\x1dtandem/api/tandem/v1;tandemv1b\x06proto3"
 
 var (
 	file_tandem_v1_api_proto_rawDescOnce sync.Once
@@ -3971,7 +4356,7 @@ func file_tandem_v1_api_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_api_proto_rawDescData
 }
 
-var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
+var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
 var file_tandem_v1_api_proto_goTypes = []any{
 	(*ApplyProjectRequest)(nil),      // 0: tandem.v1.ApplyProjectRequest
 	(*ServiceSpec)(nil),              // 1: tandem.v1.ServiceSpec
@@ -4031,209 +4416,223 @@ var file_tandem_v1_api_proto_goTypes = []any{
 	(*ListHostsResponse)(nil),        // 55: tandem.v1.ListHostsResponse
 	(*PlanRequest)(nil),              // 56: tandem.v1.PlanRequest
 	(*ExplainResponse)(nil),          // 57: tandem.v1.ExplainResponse
-	(*Plan)(nil),                     // 58: tandem.v1.Plan
-	(*PlanAction)(nil),               // 59: tandem.v1.PlanAction
-	(*Unplaced)(nil),                 // 60: tandem.v1.Unplaced
-	nil,                              // 61: tandem.v1.ServiceSpec.LabelsEntry
-	nil,                              // 62: tandem.v1.NetworkRequest.LabelsEntry
-	nil,                              // 63: tandem.v1.VolumeRequest.LabelsEntry
-	nil,                              // 64: tandem.v1.ScaleRequest.ReplicasEntry
-	nil,                              // 65: tandem.v1.ListContainersRequest.LabelsEntry
-	nil,                              // 66: tandem.v1.CreateVolumeRequest.LabelsEntry
-	(*durationpb.Duration)(nil),      // 67: google.protobuf.Duration
-	(*ContainerSpec)(nil),            // 68: tandem.v1.ContainerSpec
-	(*ScalePolicy)(nil),              // 69: tandem.v1.ScalePolicy
-	(*Progress)(nil),                 // 70: tandem.v1.Progress
-	(*Container)(nil),                // 71: tandem.v1.Container
-	(*Machine)(nil),                  // 72: tandem.v1.Machine
-	(*Project)(nil),                  // 73: tandem.v1.Project
-	(*Service)(nil),                  // 74: tandem.v1.Service
-	(*Resources)(nil),                // 75: tandem.v1.Resources
-	(*RestartPolicy)(nil),            // 76: tandem.v1.RestartPolicy
-	(*LogOptions)(nil),               // 77: tandem.v1.LogOptions
-	(*Usage)(nil),                    // 78: tandem.v1.Usage
-	(*Process)(nil),                  // 79: tandem.v1.Process
-	(*Size)(nil),                     // 80: tandem.v1.Size
-	(Isolation)(0),                   // 81: tandem.v1.Isolation
-	(*Image)(nil),                    // 82: tandem.v1.Image
-	(*RegistryAuth)(nil),             // 83: tandem.v1.RegistryAuth
-	(*Volume)(nil),                   // 84: tandem.v1.Volume
-	(*timestamppb.Timestamp)(nil),    // 85: google.protobuf.Timestamp
-	(*Host)(nil),                     // 86: tandem.v1.Host
-	(*Reason)(nil),                   // 87: tandem.v1.Reason
-	(*StreamInput)(nil),              // 88: tandem.v1.StreamInput
-	(*ImageChunk)(nil),               // 89: tandem.v1.ImageChunk
-	(*AgentTagImageRequest)(nil),     // 90: tandem.v1.AgentTagImageRequest
-	(*AgentPruneImagesRequest)(nil),  // 91: tandem.v1.AgentPruneImagesRequest
-	(*DoctorRequest)(nil),            // 92: tandem.v1.DoctorRequest
-	(*StreamOutput)(nil),             // 93: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 94: tandem.v1.LogEntry
-	(*LoadProgress)(nil),             // 95: tandem.v1.LoadProgress
-	(*AgentRemoveImageResponse)(nil), // 96: tandem.v1.AgentRemoveImageResponse
-	(*AgentTagImageResponse)(nil),    // 97: tandem.v1.AgentTagImageResponse
-	(*AgentPruneImagesResponse)(nil), // 98: tandem.v1.AgentPruneImagesResponse
-	(*DoctorResponse)(nil),           // 99: tandem.v1.DoctorResponse
-	(*Event)(nil),                    // 100: tandem.v1.Event
+	(*ListStateRequest)(nil),         // 58: tandem.v1.ListStateRequest
+	(*ListStateResponse)(nil),        // 59: tandem.v1.ListStateResponse
+	(*UnreadableRecord)(nil),         // 60: tandem.v1.UnreadableRecord
+	(*PurgeStateRequest)(nil),        // 61: tandem.v1.PurgeStateRequest
+	(*PurgeStateResponse)(nil),       // 62: tandem.v1.PurgeStateResponse
+	(*BackupStateRequest)(nil),       // 63: tandem.v1.BackupStateRequest
+	(*BackupStateResponse)(nil),      // 64: tandem.v1.BackupStateResponse
+	(*Plan)(nil),                     // 65: tandem.v1.Plan
+	(*PlanAction)(nil),               // 66: tandem.v1.PlanAction
+	(*Unplaced)(nil),                 // 67: tandem.v1.Unplaced
+	nil,                              // 68: tandem.v1.ServiceSpec.LabelsEntry
+	nil,                              // 69: tandem.v1.NetworkRequest.LabelsEntry
+	nil,                              // 70: tandem.v1.VolumeRequest.LabelsEntry
+	nil,                              // 71: tandem.v1.ScaleRequest.ReplicasEntry
+	nil,                              // 72: tandem.v1.ListContainersRequest.LabelsEntry
+	nil,                              // 73: tandem.v1.CreateVolumeRequest.LabelsEntry
+	(*durationpb.Duration)(nil),      // 74: google.protobuf.Duration
+	(*ContainerSpec)(nil),            // 75: tandem.v1.ContainerSpec
+	(*ScalePolicy)(nil),              // 76: tandem.v1.ScalePolicy
+	(*Progress)(nil),                 // 77: tandem.v1.Progress
+	(*Container)(nil),                // 78: tandem.v1.Container
+	(*Machine)(nil),                  // 79: tandem.v1.Machine
+	(*Project)(nil),                  // 80: tandem.v1.Project
+	(*Service)(nil),                  // 81: tandem.v1.Service
+	(*Resources)(nil),                // 82: tandem.v1.Resources
+	(*RestartPolicy)(nil),            // 83: tandem.v1.RestartPolicy
+	(*LogOptions)(nil),               // 84: tandem.v1.LogOptions
+	(*Usage)(nil),                    // 85: tandem.v1.Usage
+	(*Process)(nil),                  // 86: tandem.v1.Process
+	(*Size)(nil),                     // 87: tandem.v1.Size
+	(Isolation)(0),                   // 88: tandem.v1.Isolation
+	(*Image)(nil),                    // 89: tandem.v1.Image
+	(*RegistryAuth)(nil),             // 90: tandem.v1.RegistryAuth
+	(*Volume)(nil),                   // 91: tandem.v1.Volume
+	(*timestamppb.Timestamp)(nil),    // 92: google.protobuf.Timestamp
+	(*Host)(nil),                     // 93: tandem.v1.Host
+	(*Reason)(nil),                   // 94: tandem.v1.Reason
+	(*StreamInput)(nil),              // 95: tandem.v1.StreamInput
+	(*ImageChunk)(nil),               // 96: tandem.v1.ImageChunk
+	(*AgentTagImageRequest)(nil),     // 97: tandem.v1.AgentTagImageRequest
+	(*AgentPruneImagesRequest)(nil),  // 98: tandem.v1.AgentPruneImagesRequest
+	(*DoctorRequest)(nil),            // 99: tandem.v1.DoctorRequest
+	(*StreamOutput)(nil),             // 100: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 101: tandem.v1.LogEntry
+	(*LoadProgress)(nil),             // 102: tandem.v1.LoadProgress
+	(*AgentRemoveImageResponse)(nil), // 103: tandem.v1.AgentRemoveImageResponse
+	(*AgentTagImageResponse)(nil),    // 104: tandem.v1.AgentTagImageResponse
+	(*AgentPruneImagesResponse)(nil), // 105: tandem.v1.AgentPruneImagesResponse
+	(*DoctorResponse)(nil),           // 106: tandem.v1.DoctorResponse
+	(*Event)(nil),                    // 107: tandem.v1.Event
 }
 var file_tandem_v1_api_proto_depIdxs = []int32{
 	1,   // 0: tandem.v1.ApplyProjectRequest.services:type_name -> tandem.v1.ServiceSpec
 	2,   // 1: tandem.v1.ApplyProjectRequest.networks:type_name -> tandem.v1.NetworkRequest
 	3,   // 2: tandem.v1.ApplyProjectRequest.volumes:type_name -> tandem.v1.VolumeRequest
-	67,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
-	68,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
-	61,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
-	69,  // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
-	62,  // 7: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
-	63,  // 8: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
-	58,  // 9: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
-	70,  // 10: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
+	74,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
+	75,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
+	68,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
+	76,  // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
+	69,  // 7: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
+	70,  // 8: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
+	65,  // 9: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
+	77,  // 10: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
 	5,   // 11: tandem.v1.ApplyProjectResponse.result:type_name -> tandem.v1.ApplyResult
-	71,  // 12: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
-	72,  // 13: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
-	67,  // 14: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
-	73,  // 15: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
-	74,  // 16: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
-	64,  // 17: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
-	65,  // 18: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
-	71,  // 19: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
-	68,  // 20: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
+	78,  // 12: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
+	79,  // 13: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
+	74,  // 14: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
+	80,  // 15: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
+	81,  // 16: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
+	71,  // 17: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
+	72,  // 18: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
+	78,  // 19: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
+	75,  // 20: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
 	16,  // 21: tandem.v1.StartContainersRequest.selector:type_name -> tandem.v1.Selector
-	71,  // 22: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
+	78,  // 22: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
 	16,  // 23: tandem.v1.StopContainersRequest.selector:type_name -> tandem.v1.Selector
-	67,  // 24: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
-	71,  // 25: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
+	74,  // 24: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
+	78,  // 25: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
 	16,  // 26: tandem.v1.RemoveContainersRequest.selector:type_name -> tandem.v1.Selector
 	16,  // 27: tandem.v1.KillContainersRequest.selector:type_name -> tandem.v1.Selector
 	16,  // 28: tandem.v1.PauseContainersRequest.selector:type_name -> tandem.v1.Selector
-	75,  // 29: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
-	76,  // 30: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
-	71,  // 31: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
+	82,  // 29: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
+	83,  // 30: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
+	78,  // 31: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
 	16,  // 32: tandem.v1.LogsRequest.selector:type_name -> tandem.v1.Selector
-	77,  // 33: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
+	84,  // 33: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
 	16,  // 34: tandem.v1.StatsRequest.selector:type_name -> tandem.v1.Selector
 	33,  // 35: tandem.v1.StatsResponse.rows:type_name -> tandem.v1.StatsRow
-	78,  // 36: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
-	79,  // 37: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
-	72,  // 38: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
-	80,  // 39: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
-	80,  // 40: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
-	81,  // 41: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
-	80,  // 42: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
-	82,  // 43: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
-	83,  // 44: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
-	84,  // 45: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
-	66,  // 46: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
+	85,  // 36: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
+	86,  // 37: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
+	79,  // 38: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
+	87,  // 39: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
+	87,  // 40: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
+	88,  // 41: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
+	87,  // 42: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
+	89,  // 43: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
+	90,  // 44: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
+	91,  // 45: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
+	73,  // 46: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
 	45,  // 47: tandem.v1.RemoveVolumeRequest.volume:type_name -> tandem.v1.VolumeName
-	85,  // 48: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	85,  // 49: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
-	86,  // 50: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
-	71,  // 51: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
-	87,  // 52: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
-	72,  // 53: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
-	86,  // 54: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
-	59,  // 55: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
-	60,  // 56: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
-	80,  // 57: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
-	80,  // 58: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
-	87,  // 59: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
-	87,  // 60: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
-	0,   // 61: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
-	6,   // 62: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
-	7,   // 63: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
-	9,   // 64: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
-	11,  // 65: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
-	13,  // 66: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
-	12,  // 67: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
-	15,  // 68: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
-	17,  // 69: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
-	19,  // 70: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
-	19,  // 71: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
-	21,  // 72: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
-	23,  // 73: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
-	25,  // 74: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
-	27,  // 75: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
-	28,  // 76: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
-	88,  // 77: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
-	88,  // 78: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
-	30,  // 79: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
-	31,  // 80: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
-	12,  // 81: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
-	36,  // 82: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
-	35,  // 83: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
-	38,  // 84: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
-	35,  // 85: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
-	35,  // 86: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
-	35,  // 87: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
-	39,  // 88: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
-	88,  // 89: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
-	40,  // 90: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
-	42,  // 91: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
-	89,  // 92: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
-	43,  // 93: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
-	44,  // 94: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
-	90,  // 95: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
-	91,  // 96: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
-	46,  // 97: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
-	45,  // 98: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
-	48,  // 99: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
-	49,  // 100: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
-	51,  // 101: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
-	92,  // 102: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
-	53,  // 103: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
-	54,  // 104: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
-	56,  // 105: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
-	12,  // 106: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
-	4,   // 107: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
-	70,  // 108: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
-	8,   // 109: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
-	10,  // 110: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
-	70,  // 111: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
-	14,  // 112: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
-	71,  // 113: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
-	71,  // 114: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
-	18,  // 115: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
-	20,  // 116: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
-	20,  // 117: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
-	22,  // 118: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
-	24,  // 119: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
-	26,  // 120: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
-	71,  // 121: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
-	29,  // 122: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
-	93,  // 123: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
-	93,  // 124: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
-	94,  // 125: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
-	32,  // 126: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
-	34,  // 127: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
-	37,  // 128: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
-	72,  // 129: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
-	72,  // 130: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
-	72,  // 131: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
-	72,  // 132: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
-	35,  // 133: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
-	72,  // 134: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
-	93,  // 135: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
-	41,  // 136: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
-	70,  // 137: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
-	95,  // 138: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
-	89,  // 139: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
-	96,  // 140: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
-	97,  // 141: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
-	98,  // 142: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
-	47,  // 143: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
-	84,  // 144: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
-	84,  // 145: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
-	50,  // 146: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
-	52,  // 147: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
-	99,  // 148: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
-	100, // 149: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
-	55,  // 150: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
-	58,  // 151: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
-	57,  // 152: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
-	107, // [107:153] is the sub-list for method output_type
-	61,  // [61:107] is the sub-list for method input_type
-	61,  // [61:61] is the sub-list for extension type_name
-	61,  // [61:61] is the sub-list for extension extendee
-	0,   // [0:61] is the sub-list for field type_name
+	92,  // 48: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	92,  // 49: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
+	93,  // 50: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
+	78,  // 51: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
+	94,  // 52: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
+	79,  // 53: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
+	93,  // 54: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
+	60,  // 55: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
+	66,  // 56: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
+	67,  // 57: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
+	87,  // 58: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
+	87,  // 59: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
+	94,  // 60: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
+	94,  // 61: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
+	0,   // 62: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
+	6,   // 63: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
+	7,   // 64: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
+	9,   // 65: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
+	11,  // 66: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
+	13,  // 67: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
+	12,  // 68: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
+	15,  // 69: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
+	17,  // 70: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
+	19,  // 71: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
+	19,  // 72: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
+	21,  // 73: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
+	23,  // 74: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
+	25,  // 75: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
+	27,  // 76: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
+	28,  // 77: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
+	95,  // 78: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
+	95,  // 79: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
+	30,  // 80: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
+	31,  // 81: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
+	12,  // 82: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
+	36,  // 83: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
+	35,  // 84: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
+	38,  // 85: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
+	35,  // 86: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
+	35,  // 87: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
+	35,  // 88: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
+	39,  // 89: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
+	95,  // 90: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
+	40,  // 91: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
+	42,  // 92: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
+	96,  // 93: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
+	43,  // 94: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
+	44,  // 95: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
+	97,  // 96: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
+	98,  // 97: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
+	46,  // 98: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
+	45,  // 99: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
+	48,  // 100: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
+	49,  // 101: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
+	51,  // 102: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
+	99,  // 103: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
+	53,  // 104: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
+	54,  // 105: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
+	56,  // 106: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
+	12,  // 107: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
+	58,  // 108: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
+	61,  // 109: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
+	63,  // 110: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
+	4,   // 111: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
+	77,  // 112: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
+	8,   // 113: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
+	10,  // 114: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
+	77,  // 115: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
+	14,  // 116: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
+	78,  // 117: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
+	78,  // 118: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
+	18,  // 119: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
+	20,  // 120: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
+	20,  // 121: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
+	22,  // 122: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
+	24,  // 123: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
+	26,  // 124: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
+	78,  // 125: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
+	29,  // 126: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
+	100, // 127: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
+	100, // 128: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
+	101, // 129: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
+	32,  // 130: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
+	34,  // 131: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
+	37,  // 132: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
+	79,  // 133: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
+	79,  // 134: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
+	79,  // 135: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
+	79,  // 136: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
+	35,  // 137: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
+	79,  // 138: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
+	100, // 139: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
+	41,  // 140: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
+	77,  // 141: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
+	102, // 142: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
+	96,  // 143: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
+	103, // 144: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
+	104, // 145: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
+	105, // 146: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
+	47,  // 147: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
+	91,  // 148: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
+	91,  // 149: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
+	50,  // 150: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
+	52,  // 151: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
+	106, // 152: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
+	107, // 153: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
+	55,  // 154: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
+	65,  // 155: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
+	57,  // 156: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
+	59,  // 157: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
+	62,  // 158: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
+	64,  // 159: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
+	111, // [111:160] is the sub-list for method output_type
+	62,  // [62:111] is the sub-list for method input_type
+	62,  // [62:62] is the sub-list for extension type_name
+	62,  // [62:62] is the sub-list for extension extendee
+	0,   // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_api_proto_init() }
@@ -4255,9 +4654,9 @@ func file_tandem_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_api_proto_rawDesc), len(file_tandem_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   67,
+			NumMessages:   74,
 			NumExtensions: 0,
-			NumServices:   6,
+			NumServices:   7,
 		},
 		GoTypes:           file_tandem_v1_api_proto_goTypes,
 		DependencyIndexes: file_tandem_v1_api_proto_depIdxs,

@@ -33,6 +33,8 @@ const (
 	VolumeServiceName = "tandem.v1.VolumeService"
 	// SystemServiceName is the fully-qualified name of the SystemService service.
 	SystemServiceName = "tandem.v1.SystemService"
+	// StateServiceName is the fully-qualified name of the StateService service.
+	StateServiceName = "tandem.v1.StateService"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -138,6 +140,12 @@ const (
 	SystemServicePlanProcedure = "/tandem.v1.SystemService/Plan"
 	// SystemServiceExplainProcedure is the fully-qualified name of the SystemService's Explain RPC.
 	SystemServiceExplainProcedure = "/tandem.v1.SystemService/Explain"
+	// StateServiceListProcedure is the fully-qualified name of the StateService's List RPC.
+	StateServiceListProcedure = "/tandem.v1.StateService/List"
+	// StateServicePurgeProcedure is the fully-qualified name of the StateService's Purge RPC.
+	StateServicePurgeProcedure = "/tandem.v1.StateService/Purge"
+	// StateServiceBackupProcedure is the fully-qualified name of the StateService's Backup RPC.
+	StateServiceBackupProcedure = "/tandem.v1.StateService/Backup"
 )
 
 // ProjectServiceClient is a client for the tandem.v1.ProjectService service.
@@ -1610,4 +1618,134 @@ func (UnimplementedSystemServiceHandler) Plan(context.Context, *connect.Request[
 
 func (UnimplementedSystemServiceHandler) Explain(context.Context, *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.ExplainResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Explain is not implemented"))
+}
+
+// StateServiceClient is a client for the tandem.v1.StateService service.
+type StateServiceClient interface {
+	// List tells which records can't be read.
+	List(context.Context, *connect.Request[v1.ListStateRequest]) (*connect.Response[v1.ListStateResponse], error)
+	// Purge removes one such record; what it stands for is forgotten.
+	Purge(context.Context, *connect.Request[v1.PurgeStateRequest]) (*connect.Response[v1.PurgeStateResponse], error)
+	// Backup is a backup file, piece by piece: all of the state at one moment, and
+	// the key of its secrets.
+	Backup(context.Context, *connect.Request[v1.BackupStateRequest]) (*connect.ServerStreamForClient[v1.BackupStateResponse], error)
+}
+
+// NewStateServiceClient constructs a client for the tandem.v1.StateService service. By default, it
+// uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewStateServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) StateServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	stateServiceMethods := v1.File_tandem_v1_api_proto.Services().ByName("StateService").Methods()
+	return &stateServiceClient{
+		list: connect.NewClient[v1.ListStateRequest, v1.ListStateResponse](
+			httpClient,
+			baseURL+StateServiceListProcedure,
+			connect.WithSchema(stateServiceMethods.ByName("List")),
+			connect.WithClientOptions(opts...),
+		),
+		purge: connect.NewClient[v1.PurgeStateRequest, v1.PurgeStateResponse](
+			httpClient,
+			baseURL+StateServicePurgeProcedure,
+			connect.WithSchema(stateServiceMethods.ByName("Purge")),
+			connect.WithClientOptions(opts...),
+		),
+		backup: connect.NewClient[v1.BackupStateRequest, v1.BackupStateResponse](
+			httpClient,
+			baseURL+StateServiceBackupProcedure,
+			connect.WithSchema(stateServiceMethods.ByName("Backup")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// stateServiceClient implements StateServiceClient.
+type stateServiceClient struct {
+	list   *connect.Client[v1.ListStateRequest, v1.ListStateResponse]
+	purge  *connect.Client[v1.PurgeStateRequest, v1.PurgeStateResponse]
+	backup *connect.Client[v1.BackupStateRequest, v1.BackupStateResponse]
+}
+
+// List calls tandem.v1.StateService.List.
+func (c *stateServiceClient) List(ctx context.Context, req *connect.Request[v1.ListStateRequest]) (*connect.Response[v1.ListStateResponse], error) {
+	return c.list.CallUnary(ctx, req)
+}
+
+// Purge calls tandem.v1.StateService.Purge.
+func (c *stateServiceClient) Purge(ctx context.Context, req *connect.Request[v1.PurgeStateRequest]) (*connect.Response[v1.PurgeStateResponse], error) {
+	return c.purge.CallUnary(ctx, req)
+}
+
+// Backup calls tandem.v1.StateService.Backup.
+func (c *stateServiceClient) Backup(ctx context.Context, req *connect.Request[v1.BackupStateRequest]) (*connect.ServerStreamForClient[v1.BackupStateResponse], error) {
+	return c.backup.CallServerStream(ctx, req)
+}
+
+// StateServiceHandler is an implementation of the tandem.v1.StateService service.
+type StateServiceHandler interface {
+	// List tells which records can't be read.
+	List(context.Context, *connect.Request[v1.ListStateRequest]) (*connect.Response[v1.ListStateResponse], error)
+	// Purge removes one such record; what it stands for is forgotten.
+	Purge(context.Context, *connect.Request[v1.PurgeStateRequest]) (*connect.Response[v1.PurgeStateResponse], error)
+	// Backup is a backup file, piece by piece: all of the state at one moment, and
+	// the key of its secrets.
+	Backup(context.Context, *connect.Request[v1.BackupStateRequest], *connect.ServerStream[v1.BackupStateResponse]) error
+}
+
+// NewStateServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewStateServiceHandler(svc StateServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	stateServiceMethods := v1.File_tandem_v1_api_proto.Services().ByName("StateService").Methods()
+	stateServiceListHandler := connect.NewUnaryHandler(
+		StateServiceListProcedure,
+		svc.List,
+		connect.WithSchema(stateServiceMethods.ByName("List")),
+		connect.WithHandlerOptions(opts...),
+	)
+	stateServicePurgeHandler := connect.NewUnaryHandler(
+		StateServicePurgeProcedure,
+		svc.Purge,
+		connect.WithSchema(stateServiceMethods.ByName("Purge")),
+		connect.WithHandlerOptions(opts...),
+	)
+	stateServiceBackupHandler := connect.NewServerStreamHandler(
+		StateServiceBackupProcedure,
+		svc.Backup,
+		connect.WithSchema(stateServiceMethods.ByName("Backup")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/tandem.v1.StateService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case StateServiceListProcedure:
+			stateServiceListHandler.ServeHTTP(w, r)
+		case StateServicePurgeProcedure:
+			stateServicePurgeHandler.ServeHTTP(w, r)
+		case StateServiceBackupProcedure:
+			stateServiceBackupHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedStateServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedStateServiceHandler struct{}
+
+func (UnimplementedStateServiceHandler) List(context.Context, *connect.Request[v1.ListStateRequest]) (*connect.Response[v1.ListStateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.StateService.List is not implemented"))
+}
+
+func (UnimplementedStateServiceHandler) Purge(context.Context, *connect.Request[v1.PurgeStateRequest]) (*connect.Response[v1.PurgeStateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.StateService.Purge is not implemented"))
+}
+
+func (UnimplementedStateServiceHandler) Backup(context.Context, *connect.Request[v1.BackupStateRequest], *connect.ServerStream[v1.BackupStateResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.StateService.Backup is not implemented"))
 }
