@@ -5,6 +5,11 @@
 //	if o.Clock == nil {
 //		o.Clock = clock.System{}
 //	}
+//
+// Tests that move time by themselves bring a Fake:
+//
+//	c := clock.NewFake(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC))
+//	c.Advance(3 * time.Second) // whoever waits for less than that goes on
 package clock
 
 import "time"

@@ -29,7 +29,10 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	var failed error
 	del := func(r store.Record) bool {
 		err := c.store.Delete(ctx, r)
-		if err != nil && !errdefs.IsNotFound(err) {
+		switch k := store.KeyOf(r); {
+		case err == nil:
+			c.tell("collect", []decision{{string(k.Kind) + " " + k.Name, "is forgotten", "nothing is left of it"}})
+		case !errdefs.IsNotFound(err):
 			failed = err
 		}
 		return err == nil
@@ -39,6 +42,7 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	networkUsed, volumeUsed := map[string]bool{}, map[string]bool{}
 	tx := c.store.Txn()
 	gone := map[string]bool{}
+	var said []decision
 	for _, x := range snap.Containers {
 		if x.Meta.Deleting {
 			ok := noHost(x.GetAssignment().GetHostId())
@@ -53,6 +57,7 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 				c.tombs.add(x)
 				tx.Delete(x)
 				gone[x.Meta.Id] = true
+				said = append(said, decision{"container " + x.Meta.Name, "is forgotten", "nothing is left of it"})
 				continue
 			}
 		}
@@ -68,6 +73,7 @@ func (c *Controller) collect(ctx context.Context) (time.Duration, error) {
 	if _, err := tx.Commit(ctx); err != nil {
 		return 0, err
 	}
+	c.tell("collect", said)
 	for id := range gone {
 		c.Hosts.forget(id)
 	}

@@ -62,6 +62,7 @@ type Controller struct {
 
 	randMu sync.Mutex
 	trim   trimmer
+	lost   losses
 	held   holds
 	tombs  tombs
 	// again wakes controllers for reasons that are no change of a record.
@@ -109,10 +110,27 @@ func New(o Options) (*Controller, error) {
 	c.Hosts = newHosts(c)
 	c.plan = newPlanState(c)
 	c.again, c.begun = map[string]chan struct{}{}, make(chan struct{})
-	for _, n := range []string{"deploy", "place", "trim", "collect"} {
-		c.again[n] = make(chan struct{}, 1)
+	for _, l := range c.loops() {
+		c.again[l.name] = make(chan struct{}, 1)
 	}
 	return c, nil
+}
+
+// loop is one controller: what it does, and changes of which records wake it.
+type loop struct {
+	name  string
+	run   func(context.Context) (time.Duration, error)
+	kinds []store.Kind
+}
+
+func (c *Controller) loops() []loop {
+	return []loop{
+		{"deploy", c.deploy, []store.Kind{store.Projects, store.Services, store.Containers}},
+		{"place", c.place, []store.Kind{store.Containers, store.Machines, store.Hosts, store.Volumes, store.Networks}},
+		{"trim", c.trimMachines, []store.Kind{store.Containers, store.Machines, store.Hosts}},
+		{"collect", c.collect, []store.Kind{store.Projects, store.Services, store.Networks, store.Volumes, store.Containers, store.Machines}},
+		{"lost", c.findLost, []store.Kind{store.Hosts}},
+	}
 }
 
 // Run, called once, runs the controllers until ctx ends or the store fails.
@@ -124,15 +142,10 @@ func (c *Controller) Run(ctx context.Context) error {
 	}
 	close(c.begun)
 	var wg sync.WaitGroup
-	run := func(name string, fn func(context.Context) (time.Duration, error), kinds ...store.Kind) {
-		wg.Go(func() { c.loop(ctx, name, fn, kinds...) })
-	}
 	wg.Go(func() { c.followEvents(ctx) })
-	run("deploy", c.deploy, store.Projects, store.Services, store.Containers)
-	run("place", c.place, store.Containers, store.Machines, store.Hosts, store.Volumes, store.Networks)
-	run("trim", c.trimMachines, store.Containers, store.Machines, store.Hosts)
-	run("collect", c.collect, store.Projects, store.Services, store.Networks, store.Volumes, store.Containers, store.Machines)
-	wg.Go(func() { c.Hosts.watchLost(ctx) })
+	for _, l := range c.loops() {
+		wg.Go(func() { c.loop(ctx, l) })
+	}
 	var err error
 	select {
 	case <-ctx.Done():
@@ -144,16 +157,17 @@ func (c *Controller) Run(ctx context.Context) error {
 	return err
 }
 
-// loop calls fn whenever a record of these kinds has changed, when fn asked to be
-// called again after a while, and, a little later each time, when it failed.
-func (c *Controller) loop(ctx context.Context, name string, fn func(context.Context) (time.Duration, error), kinds ...store.Kind) {
-	sub := c.store.Subscribe(false, kinds...)
+// loop runs a controller whenever a record that it looks at has changed, when it
+// asked to be called again after a while, and, a little later each time, when it
+// failed.
+func (c *Controller) loop(ctx context.Context, l loop) {
+	sub := c.store.Subscribe(false, l.kinds...)
 	defer sub.Close()
-	wake := c.again[name]
+	wake := c.again[l.name]
 	backoff := 50 * time.Millisecond
 	for {
 		sub.Take()
-		next, err := fn(ctx)
+		next, err := l.run(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -161,7 +175,7 @@ func (c *Controller) loop(ctx context.Context, name string, fn func(context.Cont
 			backoff = 50 * time.Millisecond
 		} else {
 			if !errdefs.IsConflict(err) && !errdefs.IsAlreadyExists(err) {
-				c.log.Warn("controller will try again", "controller", name, "err", err, "in", backoff)
+				c.log.Warn("controller will try again", "controller", l.name, "err", err, "in", backoff)
 			}
 			next, backoff = backoff, min(backoff*2, 10*time.Second)
 		}
@@ -177,11 +191,31 @@ func (c *Controller) loop(ctx context.Context, name string, fn func(context.Cont
 			continue
 		case <-sub.Ready():
 		}
-		select {
-		case <-time.After(c.opts.Debounce):
-		case <-ctx.Done():
+		if !c.sleep(ctx, c.opts.Debounce) {
 			return
 		}
+	}
+}
+
+// sleep waits for d; false: ctx ended first.
+func (c *Controller) sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-c.clock.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// decision is one step that a controller has written down: what becomes of whom,
+// and why.
+type decision struct{ whom, what, why string }
+
+// tell says what was decided, to who debugs the controllers; the transcripts in
+// testdata are made of it.
+func (c *Controller) tell(by string, all []decision) {
+	for _, d := range all {
+		c.log.Debug(d.what, "by", by, "whom", d.whom, "why", d.why)
 	}
 }
 

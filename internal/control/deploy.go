@@ -70,6 +70,9 @@ func (c *Controller) deploy(ctx context.Context) (time.Duration, error) {
 		d.single(x)
 	}
 	_, err := d.tx.Commit(ctx)
+	if err == nil {
+		c.tell("deploy", d.said)
+	}
 	return d.again, err
 }
 
@@ -84,11 +87,12 @@ type deployment struct {
 	projects map[string]*v1.Project
 	marked   map[string]bool
 	again    time.Duration
+	said     []decision
 }
 
 // remove marks a container as going. What `down` said last of how long it may take
 // to end counts; what a stop or restart said before does not.
-func (d *deployment) remove(x *v1.Container) {
+func (d *deployment) remove(x *v1.Container, why string) {
 	if x.Meta.Deleting || d.marked[x.Meta.Id] {
 		return
 	}
@@ -103,6 +107,7 @@ func (d *deployment) remove(x *v1.Container) {
 		x.StopTimeout = nil
 	}
 	d.tx.Update(x)
+	d.said = append(d.said, decision{x.Meta.Name, "is to go", why})
 }
 
 // goes says whether a service is to go as a whole.
@@ -121,8 +126,12 @@ func (d *deployment) service(s *v1.Service) {
 	all := d.groups[svcKey{s.Meta.Project, s.Meta.Name}]
 	if d.goes(s) {
 		if !d.neededByOthers(s) {
+			why := "service " + s.Meta.Name + " goes"
+			if !s.Meta.Deleting {
+				why = "project " + s.Meta.Project + " goes"
+			}
 			for _, x := range all {
-				d.remove(x)
+				d.remove(x, why)
 			}
 		}
 		return
@@ -149,7 +158,7 @@ func (d *deployment) service(s *v1.Service) {
 
 	// Fewer: stale ones go first, then the highest.
 	for len(fresh) > want {
-		d.remove(fresh[len(fresh)-1])
+		d.remove(fresh[len(fresh)-1], fmt.Sprintf("service %s wants %d", s.Meta.Name, want))
 		fresh = fresh[:len(fresh)-1]
 	}
 	if len(stale) == 0 {
@@ -157,7 +166,7 @@ func (d *deployment) service(s *v1.Service) {
 		return
 	}
 	for len(fresh)+len(stale) > want && len(stale) > 0 && s.UpdateOrder != "start-first" {
-		d.remove(stale[len(stale)-1])
+		d.remove(stale[len(stale)-1], fmt.Sprintf("service %s wants %d", s.Meta.Name, want))
 		stale = stale[:len(stale)-1]
 		going++
 	}
@@ -175,7 +184,7 @@ func (d *deployment) service(s *v1.Service) {
 	if s.UpdateOrder == "start-first" && s.ContainerName == "" {
 		ready := len(fresh) - unready
 		for excess := ready + len(stale) - max(want, ready); excess > 0 && len(stale) > 0; excess-- {
-			d.remove(stale[0])
+			d.remove(stale[0], "a new one of service "+s.Meta.Name+" is ready")
 			stale = stale[1:]
 		}
 		d.create(s, all, min(want-len(fresh), par-unready), len(fresh))
@@ -189,7 +198,7 @@ func (d *deployment) service(s *v1.Service) {
 		room -= n
 	}
 	for ; room > 0 && len(stale) > 0; room-- {
-		d.remove(stale[0])
+		d.remove(stale[0], "service "+s.Meta.Name+" has changed")
 		stale = stale[1:]
 	}
 }
@@ -225,6 +234,7 @@ func (d *deployment) create(s *v1.Service, all []*v1.Container, n, have int) {
 		}
 		d.names[store.KeyOf(x)] = true
 		d.tx.Create(x)
+		d.said = append(d.said, decision{x.Meta.Name, "is made", fmt.Sprintf("service %s wants %d", s.Meta.Name, s.Replicas)})
 		n--
 	}
 }
@@ -263,15 +273,15 @@ func (d *deployment) single(x *v1.Container) {
 	switch {
 	case x.Meta.Deleting:
 	case p == nil && !d.broken(store.Projects, "", x.Meta.Project), p.GetMeta().GetDeleting() && (x.Service == "" || x.OneOff):
-		d.remove(x)
+		d.remove(x, "project "+x.Meta.Project+" goes")
 	case x.Service != "" && !x.OneOff && d.services[svcKey{x.Meta.Project, x.Service}] == nil && !d.broken(store.Services, x.Meta.Project, x.Service):
-		d.remove(x)
+		d.remove(x, "there is no service "+x.Service)
 	case x.GetSpec().GetAutoRemove() && x.Status.GetStartedAt() != nil && Ended(x), x.GetSpec().GetAutoRemove() && d.givenUp(x):
 		if d.c.isHeld(x) {
 			d.again = time.Second
 			return
 		}
-		d.remove(x)
+		d.remove(x, "it has ended, and removes itself")
 	}
 }
 

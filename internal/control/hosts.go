@@ -69,6 +69,10 @@ type session struct {
 	pending *v1.HostStatus       // statuses to be written
 	wake    chan struct{}
 	lastIn  time.Time
+
+	// Of push alone: the intent that the agent has, and the delay after a refusal.
+	last  *v1.HostSpec
+	delay time.Duration
 }
 
 var hostNameBad = regexp.MustCompile(`[^a-zA-Z0-9_.-]+`)
@@ -83,21 +87,10 @@ func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1co
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	hctx, hcancel := context.WithTimeout(ctx, 30*time.Second)
-	res, err := client.Hello(hctx, connect.NewRequest(&v1.AgentHelloRequest{Protocol: ProtocolVersion, ClusterId: c.store.ClusterID()}))
-	hcancel()
+	s, f, err := c.greet(ctx, cancel, hostID, client)
 	if err != nil {
-		return fmt.Errorf("hello of host %s: %w", hostID, err)
+		return err
 	}
-	f := res.Msg.GetFacts()
-	if p := res.Msg.GetProtocol(); p+1 < ProtocolVersion || p > ProtocolVersion+1 {
-		return fmt.Errorf("host %s speaks protocol %d, this server %d: update the older one: %w", hostID, p, ProtocolVersion, errdefs.ErrFailedPrecondition)
-	}
-	if f.GetHostId() != hostID || hostID == "" || len(hostID) > 64 {
-		return fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
-	}
-	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, removed: map[string]bool{}, ever: map[string]bool{},
-		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
 	defer close(s.done)
 	c.Hosts.enter(s)
 	defer c.Hosts.leave(s)
@@ -111,6 +104,26 @@ func (c *Controller) Serve(ctx context.Context, hostID string, client tandemv1co
 	wg.Go(func() { s.push(ctx) })
 	wg.Go(func() { s.write(ctx) })
 	return s.watch(ctx)
+}
+
+// greet says hello to an agent and makes its session, which cancel ends.
+func (c *Controller) greet(ctx context.Context, cancel context.CancelFunc, hostID string, client tandemv1connect.AgentServiceClient) (*session, *v1.HostFacts, error) {
+	hctx, hcancel := context.WithTimeout(ctx, 30*time.Second)
+	res, err := client.Hello(hctx, connect.NewRequest(&v1.AgentHelloRequest{Protocol: ProtocolVersion, ClusterId: c.store.ClusterID()}))
+	hcancel()
+	if err != nil {
+		return nil, nil, fmt.Errorf("hello of host %s: %w", hostID, err)
+	}
+	f := res.Msg.GetFacts()
+	if p := res.Msg.GetProtocol(); p+1 < ProtocolVersion || p > ProtocolVersion+1 {
+		return nil, nil, fmt.Errorf("host %s speaks protocol %d, this server %d: update the older one: %w", hostID, p, ProtocolVersion, errdefs.ErrFailedPrecondition)
+	}
+	if f.GetHostId() != hostID || hostID == "" || len(hostID) > 64 {
+		return nil, nil, fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
+	}
+	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, removed: map[string]bool{}, ever: map[string]bool{},
+		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
+	return s, f, nil
 }
 
 func (h *Hosts) enter(s *session) {
@@ -133,6 +146,7 @@ func (h *Hosts) leave(s *session) {
 	}
 	h.since = h.c.clock.Now()
 	h.mu.Unlock()
+	h.c.poke("lost")
 }
 
 // saveFacts makes or renews the host's record.
@@ -183,8 +197,7 @@ func (h *Hosts) Client(hostID string) (tandemv1connect.AgentServiceClient, error
 // Await is Client for a caller that can wait: an agent that is away (the server was
 // just started, or the connection broke) is given d to connect.
 func (h *Hosts) Await(ctx context.Context, hostID string, d time.Duration) (tandemv1connect.AgentServiceClient, error) {
-	limit := time.NewTimer(d)
-	defer limit.Stop()
+	limit := h.c.clock.After(d)
 	for {
 		h.mu.Lock()
 		joined := h.joined
@@ -196,7 +209,7 @@ func (h *Hosts) Await(ctx context.Context, hostID string, d time.Duration) (tand
 		select {
 		case <-ctx.Done():
 			return nil, err
-		case <-limit.C:
+		case <-limit:
 			return nil, err
 		case <-joined:
 		}
@@ -246,37 +259,11 @@ func (s *session) push(ctx context.Context) {
 	c := s.h.c
 	sub := c.store.Subscribe(false)
 	defer sub.Close()
-	var last *v1.HostSpec
-	backoff := 100 * time.Millisecond
 	for {
 		sub.Take()
-		snap := c.store.Snapshot()
-		spec := hostSpec(snap, s.hostID, c.store.ClusterID())
-		wait := time.Duration(0)
-		if last != nil && sameSpec(last, spec) {
-			s.took(spec, snap.Revision) // nothing new for it: it is as good as applied
-		} else {
-			actx, cancel := context.WithTimeout(ctx, 30*time.Second)
-			_, err := s.client.Apply(actx, connect.NewRequest(&v1.ApplyHostRequest{Spec: spec}))
-			cancel()
-			if ctx.Err() != nil {
-				return
-			}
-			if err == nil {
-				if last == nil || backoff > 100*time.Millisecond {
-					s.unblame(ctx)
-				}
-				last, backoff = spec, 100*time.Millisecond
-				s.took(spec, snap.Revision)
-			} else {
-				c.log.Warn("host did not take its intent", "host", s.hostID, "revision", spec.Revision, "err", err, "again in", backoff)
-				s.blame(ctx, last, spec, err)
-				wait, backoff = backoff, min(2*backoff, 10*time.Second)
-			}
-		}
 		var timer <-chan time.Time
-		if wait > 0 {
-			timer = time.After(wait)
+		if wait := s.offer(ctx); wait > 0 {
+			timer = c.clock.After(wait)
 		}
 		select {
 		case <-ctx.Done():
@@ -285,12 +272,40 @@ func (s *session) push(ctx context.Context) {
 			continue
 		case <-sub.Ready():
 		}
-		select {
-		case <-time.After(c.opts.Debounce):
-		case <-ctx.Done():
+		if !c.sleep(ctx, c.opts.Debounce) {
 			return
 		}
 	}
+}
+
+// offer gives the host its intent as it is now, if it does not have it yet, and
+// says after how long to offer it again (0: when it changes).
+func (s *session) offer(ctx context.Context) time.Duration {
+	c := s.h.c
+	snap := c.store.Snapshot()
+	spec := hostSpec(snap, s.hostID, c.store.ClusterID())
+	if s.last != nil && sameSpec(s.last, spec) {
+		s.took(spec, snap.Revision) // nothing new for it: it is as good as applied
+		return 0
+	}
+	actx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err := s.client.Apply(actx, connect.NewRequest(&v1.ApplyHostRequest{Spec: spec}))
+	switch {
+	case ctx.Err() != nil:
+		return 0
+	case err == nil:
+		if s.last == nil || s.delay > 0 {
+			s.unblame(ctx)
+		}
+		s.last, s.delay = spec, 0
+		s.took(spec, snap.Revision)
+		return 0
+	}
+	s.delay = min(max(2*s.delay, 100*time.Millisecond), 10*time.Second)
+	c.log.Warn("host did not take its intent", "host", s.hostID, "revision", spec.Revision, "err", err, "again in", s.delay)
+	s.blame(ctx, s.last, spec, err)
+	return s.delay
 }
 
 // took notes which intent the agent has.
@@ -375,46 +390,55 @@ func (h *Hosts) forget(id string) {
 	}
 }
 
-// watchLost marks hosts as lost whose agent has been away for longer than the
-// grace time.
-func (h *Hosts) watchLost(ctx context.Context) {
-	c := h.c
-	away, lost := map[string]time.Time{}, map[string]bool{}
-	for {
-		now := c.clock.Now()
-		for _, r := range store.List[*v1.Host](c.store, "") {
-			h.mu.Lock()
-			here := h.sessions[r.Meta.Id] != nil
-			h.mu.Unlock()
-			if here {
-				delete(away, r.Meta.Id)
-				delete(lost, r.Meta.Id)
-			}
-			if here || lost[r.Meta.Id] && !r.Connected {
-				continue
-			}
-			if _, ok := away[r.Meta.Id]; !ok {
-				away[r.Meta.Id] = now
-			}
-			if now.Sub(away[r.Meta.Id]) >= c.opts.HostGrace {
-				err := c.lost(ctx, r, away[r.Meta.Id])
-				lost[r.Meta.Id] = err == nil
-				if err != nil && ctx.Err() == nil && !errdefs.IsConflict(err) {
-					c.log.Warn("host could not be marked as lost", "host", r.Meta.Name, "err", err)
-				}
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-c.clock.After(time.Second):
-		}
-	}
+// losses is what findLost remembers: hosts that are away, and since when, and
+// those that were marked as lost for that.
+type losses struct {
+	since  map[string]time.Time
+	marked map[string]bool
 }
 
-// lost writes that a host does not answer and that nobody knows how its
+// findLost marks hosts as lost whose agent has been away for longer than the
+// grace time.
+func (c *Controller) findLost(ctx context.Context) (time.Duration, error) {
+	if c.lost.since == nil {
+		c.lost.since, c.lost.marked = map[string]time.Time{}, map[string]bool{}
+	}
+	now := c.clock.Now()
+	next := time.Duration(0)
+	var failed error
+	for _, r := range store.List[*v1.Host](c.store, "") {
+		id := r.Meta.Id
+		c.Hosts.mu.Lock()
+		here := c.Hosts.sessions[id] != nil
+		c.Hosts.mu.Unlock()
+		if here {
+			delete(c.lost.since, id)
+			delete(c.lost.marked, id)
+		}
+		if here || c.lost.marked[id] && !r.Connected {
+			continue
+		}
+		if _, ok := c.lost.since[id]; !ok {
+			c.lost.since[id] = now
+		}
+		if left := c.opts.HostGrace - now.Sub(c.lost.since[id]); left > 0 {
+			if next == 0 || left < next {
+				next = left
+			}
+			continue
+		}
+		err := c.markLost(ctx, r, c.lost.since[id])
+		c.lost.marked[id] = err == nil
+		if err != nil {
+			failed = fmt.Errorf("host %s could not be marked as lost: %w", r.Meta.Name, err)
+		}
+	}
+	return next, failed
+}
+
+// markLost writes that a host does not answer and that nobody knows how its
 // containers and machines are.
-func (c *Controller) lost(ctx context.Context, h *v1.Host, since time.Time) error {
+func (c *Controller) markLost(ctx context.Context, h *v1.Host, since time.Time) error {
 	snap := c.store.Snapshot()
 	tx := c.store.Txn()
 	if h.Connected {

@@ -176,8 +176,8 @@ func Needs(snap *store.Snapshot, m *v1.Machine, except string) *v1.Size {
 
 // refit grows machines whose containers reserve more than when they were placed
 // (`tandem update`), as far as ceiling and host allow.
-func refit(snap *store.Snapshot, tx *store.Txn) map[string]bool {
-	did := map[string]bool{}
+func refit(snap *store.Snapshot, tx *store.Txn) (did map[string]bool, said []decision) {
+	did = map[string]bool{}
 	for _, m := range snap.Machines {
 		if m.Meta.Deleting {
 			continue
@@ -193,14 +193,16 @@ func refit(snap *store.Snapshot, tx *store.Txn) map[string]bool {
 			to := fitted(h.GetFacts(), m, need)
 			if (to.CpuMilli > m.Size.GetCpuMilli() || to.MemoryBytes > m.Size.GetMemoryBytes()) && fitsHost(snap, h, m.Meta.Id, to) == nil {
 				m = clone(m)
+				was := text(m.Size)
 				m.Size = to
 				m.Meta.Generation++
 				tx.Update(m)
 				did[m.Meta.Id] = true
+				said = append(said, decision{m.Meta.Name, "grows from " + was + " to " + text(to), "its containers reserve more"})
 			}
 		}
 	}
-	return did
+	return did, said
 }
 
 // fitted is the size of a machine that holds need, in memory steps,

@@ -77,6 +77,7 @@ type placement struct {
 	volumes    map[string]*v1.Volume
 	names      map[string]bool
 	replacer   *strings.Replacer
+	said       []decision
 }
 
 func newPlacement(c *Controller, snap *store.Snapshot, k *claims) *placement {
@@ -129,14 +130,17 @@ func (w *placement) action(a planner.Action) {
 		w.machines[a.Machine], w.machines[m.Meta.Id] = m, m
 		w.replacer = nil
 		w.edit(m.Meta.Id)
+		w.say(m.Meta.Name, fmt.Sprintf("boots on %s with %s, at most %s", w.hostName(a.Host), text(m.Size), text(m.Ceiling)), m.Reason)
 		if h := w.hosts[a.Host]; h != nil && !w.checked[a.Host] {
 			w.checked[a.Host] = true
 			w.tx.Check(h)
 		}
 	case planner.Grow:
 		if m := w.edit(a.Machine); m != nil {
+			was := text(m.Size)
 			m.Size = fromSize(a.To)
 			m.Meta.Generation++
+			w.say(m.Meta.Name, "grows from "+was+" to "+text(m.Size), w.named(Reason(a.Reason)))
 		}
 	case planner.Place, planner.PlaceM:
 		w.put(a)
@@ -229,9 +233,25 @@ func (w *placement) put(a planner.Action) {
 	x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_PENDING, ""
 	x.Status.HostId, x.Status.MachineId, x.Status.Ip = x.Assignment.HostId, x.Assignment.MachineId, x.Assignment.Ip
 	w.tx.Update(x)
+	where := w.hostName(x.Assignment.HostId) + " itself"
+	if m != nil {
+		where = m.Meta.Name
+	}
+	w.say(x.Meta.Name, "goes to "+where+", "+x.Assignment.Ip, reason)
 	if m != nil && w.changed[m.Meta.Id] == nil && !w.checked[m.Meta.Id] {
 		w.checked[m.Meta.Id] = true
 	}
+}
+
+func (w *placement) say(whom, what string, r *v1.Reason) {
+	w.said = append(w.said, decision{whom, what, r.GetSummary()})
+}
+
+func (w *placement) hostName(id string) string {
+	if h := w.hosts[id]; h != nil {
+		return h.Meta.Name
+	}
+	return id
 }
 
 // named gives machines and hosts the names that people know, in place of ids.
@@ -277,6 +297,7 @@ func (w *placement) unplaced(id string, r *v1.Reason, remedy string) {
 	}
 	x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_PENDING, msg
 	w.tx.Update(x)
+	w.said = append(w.said, decision{x.Meta.Name, "has no place", strings.TrimPrefix(msg, "no place: ")})
 }
 
 func (w *placement) commit(ctx context.Context) error {
@@ -295,6 +316,9 @@ func (w *placement) commit(ctx context.Context) error {
 		}
 	}
 	_, err := w.tx.Commit(ctx)
+	if err == nil {
+		w.c.tell("place", w.said)
+	}
 	return err
 }
 

@@ -141,15 +141,11 @@ func (s *session) write(ctx context.Context) {
 			return
 		case <-s.wake:
 		}
-		select {
-		case <-time.After(s.h.c.opts.Debounce):
-		case <-ctx.Done():
+		c := s.h.c
+		if !c.sleep(ctx, c.opts.Debounce) {
 			return
 		}
-		s.mu.Lock()
-		p := s.pending
-		s.pending = nil
-		s.mu.Unlock()
+		p := s.news()
 		if p == nil {
 			continue
 		}
@@ -159,15 +155,22 @@ func (s *session) write(ctx context.Context) {
 				break
 			}
 			if !errdefs.IsConflict(err) {
-				s.h.c.log.Warn("statuses of a host could not be written", "host", s.hostID, "err", err)
+				c.log.Warn("statuses of a host could not be written", "host", s.hostID, "err", err)
 			}
-			select {
-			case <-time.After(backoff):
-			case <-ctx.Done():
+			if !c.sleep(ctx, backoff) {
 				return
 			}
 		}
 	}
+}
+
+// news takes what is to be written; nil: nothing.
+func (s *session) news() *v1.HostStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.pending
+	s.pending = nil
+	return p
 }
 
 func (s *session) store(ctx context.Context, p *v1.HostStatus) error {

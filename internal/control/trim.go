@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	v1 "tandem/api/tandem/v1"
@@ -77,7 +78,7 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	tx := c.store.Txn()
-	grown := refit(snap, tx)
+	grown, said := refit(snap, tx)
 	large := map[string]time.Time{}
 	for _, a := range plan.Actions {
 		m := machines[a.Machine]
@@ -90,6 +91,11 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			m.Meta.Deleting = true
 			m.Meta.Generation++
 			tx.Update(m)
+			why := fmt.Sprintf("it was empty for %s", idleStop)
+			if idleStop < c.opts.IdleStop {
+				why += ", and others wait for room"
+			}
+			said = append(said, decision{m.Meta.Name, "is to stop", why})
 		case planner.Shrink:
 			if holds[m.Meta.Id] == 0 && !m.ByUser {
 				continue // it will stop soon
@@ -105,12 +111,16 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			}
 			delete(large, m.Meta.Id)
 			m = clone(m)
+			was := text(m.Size)
 			m.Size = fromSize(a.To)
 			m.Meta.Generation++
 			tx.Update(m)
+			said = append(said, decision{m.Meta.Name, "shrinks from " + was + " to " + text(m.Size), fmt.Sprintf("its containers needed no more for %s", c.opts.ShrinkDelay)})
 		}
 	}
 	c.trim.large = large
-	_, err = tx.Commit(ctx)
+	if _, err = tx.Commit(ctx); err == nil {
+		c.tell("trim", said)
+	}
 	return next, err
 }

@@ -6,6 +6,8 @@
 //	h := fakehost.New(fakehost.Options{ID: "h-1", Capacity: &v1.Size{CpuMilli: 8000, MemoryBytes: 16 << 30}})
 //	go h.Connect(ctx, socket, token)      // through a real server's socket, or
 //	go ctl.Serve(ctx, "h-1", h.Client())  // straight into the controllers
+//
+// Who moves time by hand calls Tick for what is due, and News for what is seen.
 package fakehost
 
 import (
@@ -116,6 +118,7 @@ type container struct {
 	stopped bool // ended because it was asked to
 	grace   time.Duration
 	stop    time.Time // when it was told to end
+	delay   time.Duration // before the next restart
 	// When the next things happen; zero: never.
 	ready, end, healthy, again time.Time
 }
@@ -191,6 +194,52 @@ func (h *Host) Exit(name string, code int32) {
 			h.exit(c, code)
 		}
 	}
+}
+
+// Crash ends a machine by name, as if its VMM had died: it boots again, and its
+// containers start again in it, whatever their policies are.
+func (h *Host) Crash(name string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for id, m := range h.machines {
+		if m.a.Name != name || !m.up {
+			continue
+		}
+		m.up, m.at = false, h.opts.Clock.Now().Add(h.opts.Boot)
+		m.st = proto.Clone(m.st).(*v1.MachineStatus)
+		m.st.State, m.st.StartedAt = v1.MachineState_MACHINE_STATE_STARTING, nil
+		m.st.Restarts++
+		h.tell("machine", "crash", id)
+		h.touch(id)
+		for cid, c := range h.containers {
+			if c.a.MachineId != id || c.st.StartedAt == nil || c.st.State == v1.ContainerState_CONTAINER_STATE_EXITED {
+				continue
+			}
+			c.st.State, c.st.Health = v1.ContainerState_CONTAINER_STATE_PENDING, v1.Health_HEALTH_UNSPECIFIED
+			c.st.RestartCount++
+			c.end, c.healthy = time.Time{}, time.Time{}
+			h.touch(cid)
+		}
+	}
+}
+
+// Tick does what is due, and says after how long something will be (0: nothing).
+func (h *Host) Tick() time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.tick()
+}
+
+// News is what Watch would send to who has seen all up to a version (full: to who
+// has seen nothing), and the version to go on with; nil when there is nothing.
+func (h *Host) News(seen uint64, full bool) (*v1.HostStatus, uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	st := h.status(seen, full)
+	if !full && len(st.Machines)+len(st.Containers)+len(st.Volumes)+len(st.RemovedMachines)+len(st.RemovedContainers)+len(st.RemovedVolumes)+len(st.Events)+len(st.Progress) == 0 {
+		st = nil
+	}
+	return st, h.version
 }
 
 // Handler serves the agent's side.
@@ -288,16 +337,15 @@ func (h *Host) Watch(ctx context.Context, _ *connect.Request[v1.WatchHostRequest
 	seen, full := uint64(0), true
 	for {
 		h.mu.Lock()
-		st := h.status(seen, full)
 		changed := h.changed
-		seen = h.version
 		h.mu.Unlock()
-		if full || len(st.Machines)+len(st.Containers)+len(st.Volumes)+len(st.RemovedMachines)+len(st.RemovedContainers)+len(st.RemovedVolumes)+len(st.Events)+len(st.Progress) > 0 {
+		st, version := h.News(seen, full)
+		if st != nil {
 			if err := out.Send(st); err != nil {
 				return err
 			}
 		}
-		full = false
+		seen, full = version, false
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -221,7 +221,7 @@ func (h *Host) step(id string, now time.Time, later func(time.Time) bool) {
 		st.State, st.ImageId = v1.ContainerState_CONTAINER_STATE_CREATED, "sha256:fake-"+c.a.Spec.Image
 		h.tell("container", "create", id)
 	case v1.ContainerState_CONTAINER_STATE_CREATED:
-		if !c.a.Stopped && !c.a.Hold {
+		if !c.a.Stopped && (!c.a.Hold || st.StartedAt != nil) {
 			h.start(c, now)
 		}
 	case v1.ContainerState_CONTAINER_STATE_FAILED, v1.ContainerState_CONTAINER_STATE_EXITED:
@@ -265,6 +265,9 @@ func (h *Host) start(c *container, now time.Time) {
 	s := h.scripts[c.a.Spec.Image]
 	st := c.st
 	st.State, st.StartedAt, st.Message, st.ExitCode = v1.ContainerState_CONTAINER_STATE_RUNNING, timestamppb.New(now), "", 0
+	if c.a.RestartGeneration > st.ObservedRestartGeneration || c.stopped { // a user starts it anew
+		st.RestartCount, c.delay = 0, 0
+	}
 	st.ObservedRestartGeneration = c.a.RestartGeneration
 	st.Health = v1.Health_HEALTH_UNSPECIFIED
 	c.stopped, c.stop, c.end, c.healthy = false, time.Time{}, time.Time{}, time.Time{}
@@ -285,9 +288,17 @@ func (h *Host) exit(c *container, code int32) {
 	st := c.st
 	st.ExitCode, st.FinishedAt = code, h.now()
 	st.State = v1.ContainerState_CONTAINER_STATE_EXITED
-	p := c.a.GetSpec().GetRestart().GetName()
-	if !c.stopped && (p == "always" || p == "unless-stopped" || p == "on-failure" && code != 0) {
-		st.State, c.again = v1.ContainerState_CONTAINER_STATE_RESTARTING, h.opts.Clock.Now().Add(100*time.Millisecond)
+	p := c.a.GetSpec().GetRestart()
+	again := p.GetName() == "always" || p.GetName() == "unless-stopped" ||
+		p.GetName() == "on-failure" && code != 0 && (p.MaxRetries == 0 || st.RestartCount < p.MaxRetries)
+	if again && !c.stopped {
+		// As an agent does: 100 ms, doubled each time up to a minute, forgotten after 10 s.
+		now := h.opts.Clock.Now()
+		if now.Sub(st.StartedAt.AsTime()) >= 10*time.Second {
+			c.delay = 0
+		}
+		c.delay = min(max(2*c.delay, 100*time.Millisecond), time.Minute)
+		st.State, c.again = v1.ContainerState_CONTAINER_STATE_RESTARTING, now.Add(c.delay)
 	}
 	h.tell("container", "die", c.a.Id)
 	h.touch(c.a.Id)
