@@ -46,6 +46,7 @@ type container struct {
 	rec       *containerRecord
 	k         *kernel  // joined
 	startedIn *session // where Start was called by this process
+	unsure    bool     // Start was called, and nothing has told since whether it runs
 	prep      *prepared
 	retry     backoff
 	retryAt   time.Time

@@ -37,6 +37,11 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 		c.phase = v1.ContainerState_CONTAINER_STATE_PENDING
 		return waiting(c.k.String() + ": " + o.why)
 	}
+	done, err := o.sess.turn(soft)
+	if err != nil {
+		return err
+	}
+	defer done()
 	call, cancel := context.WithTimeout(ctx, 2*c.a.o.Tuning.CallTimeout)
 	defer cancel()
 	stop := context.AfterFunc(o.sess.ctx, cancel)
@@ -227,7 +232,7 @@ func (c *container) start(ctx context.Context, want *v1.ContainerAssignment, ses
 	r.Run++
 	r.NextStart = r.NextStart.Truncate(0)
 	r.Health = healthState{}
-	c.startedIn = sess
+	c.startedIn, c.unsure = sess, false
 	c.save()
 	err := sess.rt.Start(ctx, c.id)
 	if errdefs.IsNotFound(err) && !c.inRuntime(ctx, sess) {
@@ -269,9 +274,12 @@ func (c *container) startFailed(want *v1.ContainerAssignment, sess *session, err
 	r := c.rec
 	r.Running = false
 	if sess.ctx.Err() != nil || errors.Is(err, context.Canceled) || errdefs.IsUnavailable(err) || errdefs.IsDeadlineExceeded(err) || errors.Is(err, context.DeadlineExceeded) {
-		// Whether it runs is not known; the next session tells.
-		r.Running = true
+		// Whether it runs is not known; the runtime tells, in this session or the next.
+		r.Running, c.unsure = true, true
 		c.startedIn = nil
+		if sess.ctx.Err() == nil { // it answers late, or not to this call: ask again
+			return fmt.Errorf("start: %w", err)
+		}
 		return waiting(c.k.String() + ", which was lost while it started: " + cut(err.Error(), 512))
 	}
 	r.FinishedAt, r.ExitCode = c.a.o.Clock.Now(), 128

@@ -66,7 +66,7 @@ func (c *container) replace(ctx context.Context, want *v1.ContainerAssignment) e
 	old := c.rec
 	c.rec = &containerRecord{Name: old.Name, Project: old.Project, Volumes: old.Volumes, Anew: true, RestartGen: want.RestartGeneration,
 		CreatedAt: c.a.o.Clock.Now(), Run: old.Run}
-	c.prep, c.startedIn = nil, nil
+	c.prep, c.startedIn, c.unsure = nil, nil, false
 	c.save()
 	return nil
 }
@@ -165,6 +165,8 @@ func (c *container) publishRunning(st *v1.ContainerStatus) {
 	}
 	o := c.k.observe(c.id)
 	switch {
+	case c.unsure:
+		st.State = v1.ContainerState_CONTAINER_STATE_CREATING
 	case o.down:
 		st.State = v1.ContainerState_CONTAINER_STATE_UNKNOWN
 		st.Message = first(st.Message, o.why)

@@ -32,7 +32,7 @@ func (c *container) look(want *v1.ContainerAssignment, o observation) {
 	switch {
 	case state == v1.ContainerState_CONTAINER_STATE_RUNNING || state == v1.ContainerState_CONTAINER_STATE_PAUSED:
 		r.Boot = o.sess.boot
-		c.startedIn = o.sess
+		c.startedIn, c.unsure = o.sess, false
 	case r.Boot != o.sess.boot:
 		c.lost("its machine was started again")
 	case st == nil:

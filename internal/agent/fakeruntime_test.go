@@ -27,6 +27,9 @@ type fakeRuntime struct {
 	dead    bool
 	creates int
 	grace   time.Duration // of the last Stop
+	// onStart, if there, happens within each Start; its error is Start's, whatever
+	// has begun.
+	onStart func(ctx context.Context, id string) error
 }
 
 type fakeContainer struct {
@@ -122,6 +125,14 @@ func (r *fakeRuntime) Create(ctx context.Context, s *v1.RuntimeSpec) error {
 func (r *fakeRuntime) Start(ctx context.Context, id string) error {
 	if gerr := r.w.gate(ctx); gerr != nil {
 		return gerr
+	}
+	r.mu.Lock()
+	onStart := r.onStart
+	r.mu.Unlock()
+	if onStart != nil {
+		if err := onStart(ctx, id); err != nil {
+			return err
+		}
 	}
 	un, err := r.lock()
 	if err != nil {

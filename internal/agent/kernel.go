@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"golang.org/x/sync/semaphore"
 	"log/slog"
 	"sync"
 	"time"
@@ -50,9 +51,28 @@ type session struct {
 	boot string
 	ctx  context.Context // ends with the connection
 	end  context.CancelFunc
+	// turns bounds how many containers are made and started at once. A guest that
+	// is given hundreds to start has no time left to answer keep-alives.
+	turns *semaphore.Weighted
 	// linked is closed when the kernel has its network: containers may be made
 	// before, but not started. Nil: it has.
 	linked chan struct{}
+}
+
+// startsAtOnce is how many containers a kernel with so many CPUs starts at once.
+func startsAtOnce(cpus int) *semaphore.Weighted {
+	return semaphore.NewWeighted(int64(max(4, 2*cpus)))
+}
+
+// turn waits until a container may be made and started; done lets the next one.
+func (s *session) turn(ctx context.Context) (done func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.ctx, cancel)()
+	if err := s.turns.Acquire(ctx, 1); err != nil {
+		return nil, waiting("its turn to start")
+	}
+	return func() { s.turns.Release(1) }, nil
 }
 
 // awaitNetwork returns when containers may start.

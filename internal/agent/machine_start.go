@@ -225,7 +225,8 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	}
 	m.network = ""
 	sctx, end := context.WithCancel(ctx)
-	sess := &session{rt: link.Runtime, guest: link.Guest, boot: boot, ctx: sctx, end: end, linked: make(chan struct{})}
+	sess := &session{rt: link.Runtime, guest: link.Guest, boot: boot, ctx: sctx, end: end, linked: make(chan struct{}),
+		turns: startsAtOnce(m.status.Size.CPUs)}
 	opening := context.AfterFunc(try, end) // the first listing has a deadline, too
 	err = m.kernel.open(sess)
 	why := "it could not be listed"

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	goruntime "runtime"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -109,7 +110,7 @@ func (a *Agent) runMetal(ctx context.Context) {
 	var retry backoff
 	for ctx.Err() == nil {
 		sctx, end := context.WithCancel(ctx)
-		sess := &session{rt: a.o.Metal, boot: boot, ctx: sctx, end: end}
+		sess := &session{rt: a.o.Metal, boot: boot, ctx: sctx, end: end, turns: startsAtOnce(goruntime.NumCPU())}
 		if err := a.metal.open(sess); err != nil {
 			end()
 			a.metal.setDown(err.Error(), false)
