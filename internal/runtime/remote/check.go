@@ -168,6 +168,9 @@ func checkEvent(ev *v1.RuntimeEvent) error {
 	default:
 		return bad("event %.40q", ev.GetAction())
 	}
+	if ev.Id == "" { // checkStatus would take any
+		return bad("event of no container")
+	}
 	if err := checkTime("event time", ev.At); err != nil {
 		return err
 	}

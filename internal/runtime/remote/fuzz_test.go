@@ -23,6 +23,7 @@ func FuzzAnswers(f *testing.F) {
 	st := &v1.RuntimeStatus{Id: "c", State: v1.ContainerState_CONTAINER_STATE_EXITED, ExitCode: 3}
 	add(&v1.RuntimeListResponse{Containers: []*v1.RuntimeStatus{st}})
 	add(&v1.RuntimeEvent{Id: "c", Action: "exit", Status: st})
+	add(&v1.RuntimeEvent{Action: "exit", Status: st})
 	add(&v1.RuntimeStatsResponse{Usage: &v1.Usage{MemoryBytes: 1}})
 	add(&v1.RuntimeTopResponse{Processes: []*v1.Process{{Pid: 1, Command: "x"}}})
 	add(&v1.LogEntry{Stream: "stdout", Line: []byte("x"), ContainerId: "c"})
