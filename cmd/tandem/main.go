@@ -33,6 +33,7 @@ func main() {
 	defer stop()
 	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version,
 		Extra: []*cobra.Command{serveCommand(), agentCommand(), monitorCommand(), namesCommand(), guestCommand(), resetCommand()},
+		State: []*cobra.Command{restoreCommand()},
 		Doctor: func(ctx context.Context) []*v1.Finding {
 			return doctor.Check(ctx, doctorOptions(&dirs{state: defaultStateDir}))
 		}}

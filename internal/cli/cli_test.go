@@ -27,6 +27,8 @@ type fakeServer struct {
 	created *v1.CreateContainerRequest
 	execed  *v1.ExecSpec
 	removed *v1.RemoveProjectRequest
+	purged  *v1.PurgeStateRequest
+	broken  bool
 }
 
 func (f *fakeServer) list() []*v1.Container {
@@ -138,6 +140,7 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewStateServiceHandler(stateService{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewProjectServiceHandler(projects{fakeServer: f}, rpc.HandlerOptions()...))
 	l, err := net.Listen("unix", socket)
 	if err != nil {

@@ -22,6 +22,7 @@ type client struct {
 	images     tandemv1connect.ImageServiceClient
 	volumes    tandemv1connect.VolumeServiceClient
 	system     tandemv1connect.SystemServiceClient
+	state      tandemv1connect.StateServiceClient
 }
 
 // api connects on first use.
@@ -54,6 +55,7 @@ func (a *app) api() (*client, error) {
 		images:     tandemv1connect.NewImageServiceClient(h, rpc.BaseURL, o...),
 		volumes:    tandemv1connect.NewVolumeServiceClient(h, rpc.BaseURL, o...),
 		system:     tandemv1connect.NewSystemServiceClient(h, rpc.BaseURL, o...),
+		state:      tandemv1connect.NewStateServiceClient(h, rpc.BaseURL, o...),
 	}
 	return a.c, nil
 }

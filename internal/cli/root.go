@@ -38,6 +38,8 @@ type Env struct {
 	Doctor func(ctx context.Context) []*v1.Finding
 	// Extra commands that are not faces of the API: serve, agent, guest, ...
 	Extra []*cobra.Command
+	// State are commands of `tandem state` that work without a server: restore.
+	State []*cobra.Command
 }
 
 // app holds what all commands share.
@@ -152,7 +154,7 @@ and says why.
 	add(groupLook, a.ps(), a.logs(), a.stats(), a.top(), a.events(), a.inspect(), a.picture())
 	add(groupDecide, a.plan(), a.explain())
 	add(groupParts, a.machine(), a.image(), a.volume(), a.hostCmd())
-	add(groupSystem, a.doctor(), a.version())
+	add(groupSystem, a.doctor(), a.version(), a.state())
 	for _, c := range root.Commands() {
 		if c.HasSubCommands() {
 			continue

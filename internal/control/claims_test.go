@@ -1,63 +1,14 @@
 package control
 
 import (
-	"bytes"
-	"path/filepath"
 	"strings"
 	"testing"
-	"time"
-
-	"go.etcd.io/bbolt"
-	"go.etcd.io/etcd/api/v3/mvccpb"
-	"google.golang.org/protobuf/proto"
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control/fakehost"
 	"tandem/internal/store"
+	"tandem/internal/store/storetest"
 )
-
-// damage makes the newest value, or all values, of a record unreadable. The store
-// is closed.
-func damage(t *testing.T, dir string, k store.Key, all bool) {
-	t.Helper()
-	db, err := bbolt.Open(filepath.Join(dir, "etcd/member/snap/db"), 0o600, &bbolt.Options{Timeout: 10 * time.Second})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	err = db.Update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket([]byte("key"))
-		bad := map[string][]byte{}
-		err := b.ForEach(func(rev, v []byte) error {
-			kv := &mvccpb.KeyValue{}
-			if err := proto.Unmarshal(v, kv); err != nil {
-				return err
-			}
-			if string(kv.Key) != store.Prefix+string(k.Kind)+"/"+k.Project+"/"+k.Name || len(kv.Value) == 0 {
-				return nil
-			}
-			if !all {
-				clear(bad)
-			}
-			kv.Value = []byte("\xff\xff rubbish")
-			v, err := proto.Marshal(kv)
-			bad[string(bytes.Clone(rev))] = v
-			return err
-		})
-		if err == nil && len(bad) == 0 {
-			t.Errorf("there is no %s", k)
-		}
-		for rev, v := range bad {
-			if err == nil {
-				err = b.Put([]byte(rev), v)
-			}
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
 
 // TestUnreadableRecordKeepsItsAddressAndPorts: what a container has is not given to
 // another while its record can't be read: an older copy of it tells, or its host;
@@ -82,7 +33,7 @@ func TestUnreadableRecordKeepsItsAddressAndPorts(t *testing.T) {
 				was[c.Meta.Name] = c.Assignment
 			}
 			l.end()
-			damage(t, l.dir, store.Key{Kind: store.Containers, Project: "p", Name: "bbb"}, all)
+			storetest.Damage(t, l.dir, store.Key{Kind: store.Containers, Project: "p", Name: "bbb"}, all)
 			l.start(Options{})
 			l.create(single("ccc", nil), single("ddd", port))
 			get := func(s *store.Snapshot, name string) *v1.Container {

@@ -223,6 +223,7 @@ func (s *Server) Handler() http.Handler {
 	mux.Handle(tandemv1connect.NewImageServiceHandler(&images{s}, opts...))
 	mux.Handle(tandemv1connect.NewVolumeServiceHandler(&volumes{s}, opts...))
 	mux.Handle(tandemv1connect.NewSystemServiceHandler(&system{s}, opts...))
+	mux.Handle(tandemv1connect.NewStateServiceHandler(&state{s}, opts...))
 	mux.HandleFunc(rpc.TunnelPath, s.tunnel)
 	return mux
 }

@@ -31,6 +31,7 @@ type bed struct {
 	images     tandemv1connect.ImageServiceClient
 	volumes    tandemv1connect.VolumeServiceClient
 	system     tandemv1connect.SystemServiceClient
+	stateOf    tandemv1connect.StateServiceClient
 	opts       Options
 }
 
@@ -99,6 +100,7 @@ func (b *bed) start() {
 	b.images = tandemv1connect.NewImageServiceClient(hc, rpc.BaseURL, rpc.ClientOptions()...)
 	b.volumes = tandemv1connect.NewVolumeServiceClient(hc, rpc.BaseURL, rpc.ClientOptions()...)
 	b.system = tandemv1connect.NewSystemServiceClient(hc, rpc.BaseURL, rpc.ClientOptions()...)
+	b.stateOf = tandemv1connect.NewStateServiceClient(hc, rpc.BaseURL, rpc.ClientOptions()...)
 }
 
 func ctxOf(t testing.TB) context.Context {

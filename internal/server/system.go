@@ -35,7 +35,7 @@ func (k *system) Doctor(ctx context.Context, _ *connect.Request[v1.DoctorRequest
 	bad := s.store.Corrupt()
 	for key, err := range bad {
 		out.Findings = append(out.Findings, &v1.Finding{Code: "record-corrupt", Severity: "error", Title: key.String() + " is corrupt", Detail: err.Error(),
-			Remedy: "restore a backup of the state, or make it anew"})
+			Remedy: "`tandem state purge " + string(key.Kind) + " " + strings.TrimPrefix(key.Project+"/"+key.Name, "/") + "` removes the record; or restore a backup of the state"})
 	}
 	slices.SortFunc(out.Findings, func(a, b *v1.Finding) int { return strings.Compare(a.Title, b.Title) })
 	if sp, _ := s.store.Space(); sp.Short {
