@@ -117,7 +117,7 @@ type container struct {
 	gone    bool // to be removed, after it has stopped
 	stopped bool // ended because it was asked to
 	grace   time.Duration
-	stop    time.Time // when it was told to end
+	stop    time.Time     // when it was told to end
 	delay   time.Duration // before the next restart
 	// When the next things happen; zero: never.
 	ready, end, healthy, again time.Time
