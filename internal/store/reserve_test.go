@@ -349,3 +349,13 @@ func TestStartOnAFullDisk(t *testing.T) {
 		t.Fatalf("%d records", n)
 	}
 }
+
+// BenchmarkLook is what watching the disk costs, once a second.
+func BenchmarkLook(b *testing.B) {
+	s := open(b, b.TempDir())
+	for b.Loop() {
+		s.reserve.mu.Lock()
+		s.reserve.look()
+		s.reserve.mu.Unlock()
+	}
+}
