@@ -39,7 +39,9 @@ type Options struct {
 	ShrinkDelay time.Duration
 	// HostGrace is how long a host may be away before it counts as lost (default 3 s).
 	HostGrace time.Duration
-	// Debounce is how long a controller waits for further changes (default 10 ms).
+	// Debounce is the longest that a loop rests between two rounds, so that changes
+	// that come close together are one round's work (default 10 ms). It rests as long
+	// as the last round took: the first change after a quiet time is acted upon at once.
 	Debounce time.Duration
 	// Events is how many events are kept (default 10,000).
 	Events int
@@ -167,10 +169,12 @@ func (c *Controller) loop(ctx context.Context, l loop) {
 	backoff := 50 * time.Millisecond
 	for {
 		sub.Take()
+		round := c.begin()
 		next, err := l.run(ctx)
 		if ctx.Err() != nil {
 			return
 		}
+		round.end()
 		if err == nil {
 			backoff = 50 * time.Millisecond
 		} else {
@@ -191,10 +195,33 @@ func (c *Controller) loop(ctx context.Context, l loop) {
 			continue
 		case <-sub.Ready():
 		}
-		if !c.sleep(ctx, c.opts.Debounce) {
+		if !round.rest(ctx) {
 			return
 		}
 	}
+}
+
+// round is one pass of a loop that answers to changes. The next one begins when as
+// much time has passed as this one took, at most Debounce: a change that comes
+// alone is answered at once, a burst costs no more than half of a core.
+type round struct {
+	c          *Controller
+	began, due time.Time
+}
+
+func (c *Controller) begin() *round { return &round{c: c, began: c.clock.Now()} }
+
+func (r *round) end() {
+	now := r.c.clock.Now()
+	r.due = now.Add(min(now.Sub(r.began), r.c.opts.Debounce))
+}
+
+// rest returns when the next round may begin; false: ctx ended first.
+func (r *round) rest(ctx context.Context) bool {
+	if d := r.due.Sub(r.c.clock.Now()); d > 0 {
+		return r.c.sleep(ctx, d)
+	}
+	return ctx.Err() == nil
 }
 
 // sleep waits for d; false: ctx ended first.

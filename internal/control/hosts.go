@@ -261,8 +261,11 @@ func (s *session) push(ctx context.Context) {
 	defer sub.Close()
 	for {
 		sub.Take()
+		round := c.begin()
 		var timer <-chan time.Time
-		if wait := s.offer(ctx); wait > 0 {
+		wait := s.offer(ctx)
+		round.end()
+		if wait > 0 {
 			timer = c.clock.After(wait)
 		}
 		select {
@@ -272,7 +275,7 @@ func (s *session) push(ctx context.Context) {
 			continue
 		case <-sub.Ready():
 		}
-		if !c.sleep(ctx, c.opts.Debounce) {
+		if !round.rest(ctx) {
 			return
 		}
 	}

@@ -135,16 +135,18 @@ func (h *Hosts) ProgressEnd() uint64 {
 
 // write puts statuses into the store: many in one transaction, only what changed.
 func (s *session) write(ctx context.Context) {
+	c := s.h.c
+	round := c.begin()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.wake:
 		}
-		c := s.h.c
-		if !c.sleep(ctx, c.opts.Debounce) {
+		if !round.rest(ctx) {
 			return
 		}
+		round = c.begin()
 		p := s.news()
 		if p == nil {
 			continue
@@ -161,6 +163,7 @@ func (s *session) write(ctx context.Context) {
 				return
 			}
 		}
+		round.end()
 	}
 }
 

@@ -219,6 +219,7 @@ func TestUpAndDown(t *testing.T) {
 			t.Errorf("%s does not resolve", n)
 		}
 	}
+	eventually(t, "the port leads to a container that is ready", func() bool { return b.host.Spec().Ports[0].Backends[0].Ready })
 	before := b.host.Applies()
 	a = b.apply(shop())
 	if !a.result.Unchanged || len(a.plan.Actions) != 0 {
