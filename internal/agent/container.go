@@ -55,6 +55,8 @@ type container struct {
 	phase     v1.ContainerState // while it works on something
 	check     *healthRun
 
+	attachable bool // it is CREATING, and the runtime has it
+
 	imageConfig *v1.ImageConfig // of imageOf
 	imageOf     string
 	prepCheck   *v1.HealthCheck // image's and user's, merged

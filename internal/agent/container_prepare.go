@@ -49,7 +49,8 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 	if err := c.k.disks.mountAll(call, o.sess, c.id); err != nil {
 		return err
 	}
-	if o.st == nil || r.Anew && !r.Running {
+	made := o.st == nil || r.Anew && !r.Running
+	if made {
 		if err := c.create(call, want, o.sess, live); err != nil {
 			return err
 		}
@@ -62,6 +63,11 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 	if want.Hold {
 		c.phase = v1.ContainerState_CONTAINER_STATE_CREATED
 		return nil
+	}
+	if made { // who attaches need not wait for the start
+		c.attachable = true
+		c.publish(want)
+		c.attachable = false
 	}
 	if err := o.sess.awaitNetwork(soft); err != nil {
 		return err

@@ -121,7 +121,7 @@ func (c *container) publish(want *v1.ContainerAssignment) {
 	}
 	st := &v1.ContainerStatus{
 		Id: c.id, Message: c.message, RestartCount: r.Restarts, ImageId: r.Image, HostId: c.a.hostID, MachineId: r.Machine,
-		Ip: want.GetIp(), ObservedGeneration: r.Generation, ObservedRestartGeneration: r.RestartGen,
+		Ip: want.GetIp(), Attachable: c.attachable, ObservedGeneration: r.Generation, ObservedRestartGeneration: r.RestartGen,
 	}
 	if !r.CreatedAt.IsZero() {
 		st.CreatedAt = timestamppb.New(r.CreatedAt)

@@ -48,11 +48,16 @@ func (s service) Attach(ctx context.Context, st *stdioStream) error {
 		return err
 	}
 	return bridge(ctx, st, spec.Stdin, func(ctx context.Context, io runtime.Streams) (int, error) {
+		ended, code := false, 0
+		io.Ended = func(n int) { ended, code = true, n }
 		if err := rt.Attach(ctx, spec, io); err != nil {
 			return 0, err
 		}
 		// Attach ends with the container: its exit code is the last word. The
 		// context bounds it, should the container go on (a detached client).
+		if ended {
+			return code, nil
+		}
 		status, err := rt.Wait(ctx, spec.ContainerId)
 		if err != nil {
 			return 0, err

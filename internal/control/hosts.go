@@ -59,14 +59,16 @@ type session struct {
 	done   chan struct{}
 
 	mu      sync.Mutex
-	full    bool                 // the agent has told everything once
-	seen    map[string]bool      // ids that the agent has
-	applied uint64               // revision of the intent that it took last
-	removed map[string]bool      // volumes that it was told to remove, and has
-	ever    map[string]bool      // ids that the agent has ever spoken of
-	sent    map[string]time.Time // ids it never spoke of, and since when they are not wanted
-	ids     map[string]bool      // ids in that intent
-	pending *v1.HostStatus       // statuses to be written
+	full    bool                           // the agent has told everything once
+	seen    map[string]bool                // ids that the agent has
+	applied uint64                         // revision of the intent that it took last
+	removed map[string]bool                // volumes that it was told to remove, and has
+	ever    map[string]bool                // ids that the agent has ever spoken of
+	sent    map[string]time.Time           // ids it never spoke of, and since when they are not wanted
+	ids     map[string]bool                // ids in that intent
+	pending *v1.HostStatus                 // statuses to be written
+	told    map[string]*v1.ContainerStatus // the latest of each container in them
+	more    chan struct{}                  // closed and renewed when there are more
 	wake    chan struct{}
 	lastIn  time.Time
 
@@ -122,7 +124,7 @@ func (c *Controller) greet(ctx context.Context, cancel context.CancelFunc, hostI
 		return nil, nil, fmt.Errorf("agent %q says that it is host %q: %w", hostID, f.GetHostId(), errdefs.ErrInvalidArgument)
 	}
 	s := &session{h: c.Hosts, hostID: hostID, client: client, cancel: cancel, done: make(chan struct{}), seen: map[string]bool{}, removed: map[string]bool{}, ever: map[string]bool{},
-		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), lastIn: c.clock.Now()}
+		sent: map[string]time.Time{}, ids: map[string]bool{}, wake: make(chan struct{}, 1), told: map[string]*v1.ContainerStatus{}, more: make(chan struct{}), lastIn: c.clock.Now()}
 	return s, f, nil
 }
 

@@ -69,6 +69,11 @@ func (s *session) take(in *v1.HostStatus) {
 		s.pending = &v1.HostStatus{}
 	}
 	p := s.pending
+	for _, x := range in.Containers {
+		s.told[x.Id] = x
+	}
+	close(s.more)
+	s.more = make(chan struct{})
 	p.Machines = append(p.Machines, in.Machines...)
 	p.Containers = append(p.Containers, in.Containers...)
 	p.Volumes = append(p.Volumes, in.Volumes...)
@@ -154,6 +159,7 @@ func (s *session) write(ctx context.Context) {
 		for backoff := 10 * time.Millisecond; ; backoff = min(2*backoff, 5*time.Second) {
 			err := s.store(ctx, p)
 			if err == nil || ctx.Err() != nil {
+				s.written(p)
 				break
 			}
 			if !errdefs.IsConflict(err) {
@@ -174,6 +180,32 @@ func (s *session) news() *v1.HostStatus {
 	p := s.pending
 	s.pending = nil
 	return p
+}
+
+// written forgets what the store has now.
+func (s *session) written(p *v1.HostStatus) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range p.Containers {
+		if s.told[x.Id] == x {
+			delete(s.told, x.Id)
+		}
+	}
+}
+
+// Told is what a host's agent said of a container a moment ago and is not in the
+// store yet, if anything, and a channel that is closed when the agent says more. It
+// is a hint for those who wait: decide by the store.
+func (h *Hosts) Told(hostID, id string) (*v1.ContainerStatus, <-chan struct{}) {
+	h.mu.Lock()
+	s := h.sessions[hostID]
+	h.mu.Unlock()
+	if s == nil {
+		return nil, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.told[id], s.more
 }
 
 func (s *session) store(ctx context.Context, p *v1.HostStatus) error {

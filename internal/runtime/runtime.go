@@ -32,6 +32,10 @@ type Streams struct {
 	Resize  <-chan *v1.WindowSize
 	Signals <-chan string // "TERM", "SIGINT", "9": sent to the process
 	Started func()        // called once the process runs (exec) or is attached
+	// Ended, if set, is called by Attach with the process's exit code before it
+	// returns. A runtime that does not know it (a guest of an older release) leaves
+	// it out: ask Wait then.
+	Ended func(code int)
 }
 
 // Runtime runs containers.

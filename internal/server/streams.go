@@ -183,7 +183,7 @@ func (k *containers) Attach(ctx context.Context, in *bidiIn) error {
 	return proxy(ctx, in, func(ctx context.Context) *bidiOut { return agent.Attach(ctx) }, &v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: spec}})
 }
 
-// waitCreated returns when the container's agent has it; waited says that it was
+// waitCreated returns when the container's runtime has it; waited says that it was
 // not so at once.
 func (s *Server) waitCreated(ctx context.Context, c *v1.Container) (_ *v1.Container, waited bool, err error) {
 	for {
@@ -194,6 +194,15 @@ func (s *Server) waitCreated(ctx context.Context, c *v1.Container) (_ *v1.Contai
 		}
 		c = n
 		st := c.GetStatus()
+		// What the agent says reaches the store a little later: for this it is enough
+		// that it says so.
+		told, news := s.ctl.Hosts.Told(c.GetAssignment().GetHostId(), c.Meta.Id)
+		if told == nil {
+			told = st
+		}
+		if told.GetAttachable() {
+			return c, true, nil
+		}
 		switch st.GetState() {
 		case v1.ContainerState_CONTAINER_STATE_RUNNING, v1.ContainerState_CONTAINER_STATE_PAUSED, v1.ContainerState_CONTAINER_STATE_EXITED,
 			v1.ContainerState_CONTAINER_STATE_RESTARTING:
@@ -214,6 +223,7 @@ func (s *Server) waitCreated(ctx context.Context, c *v1.Container) (_ *v1.Contai
 		case <-s.store.Failed():
 			return nil, waited, s.store.Err()
 		case <-changed:
+		case <-news:
 		}
 	}
 }

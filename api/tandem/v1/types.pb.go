@@ -1722,8 +1722,10 @@ type ContainerStatus struct {
 	ObservedGeneration        uint64                 `protobuf:"varint,17,opt,name=observed_generation,json=observedGeneration,proto3" json:"observed_generation,omitempty"`
 	ObservedRestartGeneration uint64                 `protobuf:"varint,18,opt,name=observed_restart_generation,json=observedRestartGeneration,proto3" json:"observed_restart_generation,omitempty"`
 	CreatedAt                 *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	unknownFields             protoimpl.UnknownFields
-	sizeCache                 protoimpl.SizeCache
+	// While it is CREATING: its runtime has it, and who attaches now misses nothing.
+	Attachable    bool `protobuf:"varint,20,opt,name=attachable,proto3" json:"attachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerStatus) Reset() {
@@ -1887,6 +1889,13 @@ func (x *ContainerStatus) GetCreatedAt() *timestamppb.Timestamp {
 		return x.CreatedAt
 	}
 	return nil
+}
+
+func (x *ContainerStatus) GetAttachable() bool {
+	if x != nil {
+		return x.Attachable
+	}
+	return false
 }
 
 // MachineStatus is what was seen of one machine.
@@ -2337,6 +2346,7 @@ type StreamOutput struct {
 	//	*StreamOutput_Stderr
 	//	*StreamOutput_ExitCode
 	//	*StreamOutput_Started
+	//	*StreamOutput_Ended
 	Kind          isStreamOutput_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2415,6 +2425,15 @@ func (x *StreamOutput) GetStarted() bool {
 	return false
 }
 
+func (x *StreamOutput) GetEnded() int32 {
+	if x != nil {
+		if x, ok := x.Kind.(*StreamOutput_Ended); ok {
+			return x.Ended
+		}
+	}
+	return 0
+}
+
 type isStreamOutput_Kind interface {
 	isStreamOutput_Kind()
 }
@@ -2435,6 +2454,10 @@ type StreamOutput_Started struct {
 	Started bool `protobuf:"varint,4,opt,name=started,proto3,oneof"` // the process runs; first message of exec
 }
 
+type StreamOutput_Ended struct {
+	Ended int32 `protobuf:"varint,5,opt,name=ended,proto3,oneof"` // a guest's attach: the exit code of the process it was attached to; exit_code follows
+}
+
 func (*StreamOutput_Stdout) isStreamOutput_Kind() {}
 
 func (*StreamOutput_Stderr) isStreamOutput_Kind() {}
@@ -2442,6 +2465,8 @@ func (*StreamOutput_Stderr) isStreamOutput_Kind() {}
 func (*StreamOutput_ExitCode) isStreamOutput_Kind() {}
 
 func (*StreamOutput_Started) isStreamOutput_Kind() {}
+
+func (*StreamOutput_Ended) isStreamOutput_Kind() {}
 
 // WindowSize is a terminal's, in characters.
 type WindowSize struct {
@@ -3652,7 +3677,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x1c\n" +
 	"\tcondition\x18\x02 \x01(\tR\tcondition\x12\x1a\n" +
 	"\brequired\x18\x03 \x01(\bR\brequired\x12\x18\n" +
-	"\arestart\x18\x04 \x01(\bR\arestart\"\xdd\x05\n" +
+	"\arestart\x18\x04 \x01(\bR\arestart\"\xfd\x05\n" +
 	"\x0fContainerStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x19.tandem.v1.ContainerStateR\x05state\x12\x1b\n" +
@@ -3678,7 +3703,10 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\x13observed_generation\x18\x11 \x01(\x04R\x12observedGeneration\x12>\n" +
 	"\x1bobserved_restart_generation\x18\x12 \x01(\x04R\x19observedRestartGeneration\x129\n" +
 	"\n" +
-	"created_at\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"\xb1\x04\n" +
+	"created_at\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1e\n" +
+	"\n" +
+	"attachable\x18\x14 \x01(\bR\n" +
+	"attachable\"\xb1\x04\n" +
 	"\rMachineStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12-\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x17.tandem.v1.MachineStateR\x05state\x12#\n" +
@@ -3729,12 +3757,13 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12\x12\n" +
 	"\x04done\x18\a \x01(\bR\x04done\x12\x16\n" +
 	"\x06failed\x18\b \x01(\bR\x06failed\x12*\n" +
-	"\x02at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x85\x01\n" +
+	"\x02at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x9d\x01\n" +
 	"\fStreamOutput\x12\x18\n" +
 	"\x06stdout\x18\x01 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x1d\n" +
 	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCode\x12\x1a\n" +
-	"\astarted\x18\x04 \x01(\bH\x00R\astartedB\x06\n" +
+	"\astarted\x18\x04 \x01(\bH\x00R\astarted\x12\x16\n" +
+	"\x05ended\x18\x05 \x01(\x05H\x00R\x05endedB\x06\n" +
 	"\x04kind\":\n" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
@@ -4014,6 +4043,7 @@ func file_tandem_v1_types_proto_init() {
 		(*StreamOutput_Stderr)(nil),
 		(*StreamOutput_ExitCode)(nil),
 		(*StreamOutput_Started)(nil),
+		(*StreamOutput_Ended)(nil),
 	}
 	file_tandem_v1_types_proto_msgTypes[21].OneofWrappers = []any{
 		(*StreamInput_Exec)(nil),

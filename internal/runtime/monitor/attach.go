@@ -37,7 +37,7 @@ func (s *server) attach(cn *conn, r *AttachRequest) error {
 	}
 	if st := c.status(); st.State == Exited && c.logw == nil {
 		c.outMu.Unlock()
-		cl.push(frameJSON, mustJSON(response{Ended: true, Exit: st.ExitCode}), nil)
+		cl.push(frameJSON, mustJSON(ended(&st)), nil)
 		cl.finish()
 		<-cl.gone
 		return nil
@@ -138,11 +138,21 @@ func (c *container) endClients(st *Status) {
 	defer c.outMu.Unlock()
 	for cl := range c.clients {
 		if st != nil {
-			cl.push(frameJSON, mustJSON(response{Ended: true, Exit: st.ExitCode}), closed)
+			cl.push(frameJSON, mustJSON(ended(st)), closed)
 		}
 		cl.finish()
 		delete(c.clients, cl)
 	}
+}
+
+// ended is the last word to a client: the exit code, or that the start failed.
+func ended(st *Status) response {
+	r := response{Ended: true, Exit: st.ExitCode}
+	if st.Failed {
+		f := failure(fmt.Errorf("could not start: %s: %w", st.Message, errdefs.ErrFailedPrecondition))
+		r.Error, r.Class = f.Error, f.Class
+	}
+	return r
 }
 
 var closed = func() chan struct{} { ch := make(chan struct{}); close(ch); return ch }()

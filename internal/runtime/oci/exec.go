@@ -114,7 +114,10 @@ func (r *Runtime) Attach(ctx context.Context, a *v1.AttachSpec, s runtime.Stream
 	if !a.Stdin {
 		io.Stdin = nil
 	}
-	_, err := r.o.Monitor.Attach(ctx, monitor.AttachRequest{ID: a.ContainerId, Stdin: a.Stdin, Logs: a.Logs}, io)
+	code, err := r.o.Monitor.Attach(ctx, monitor.AttachRequest{ID: a.ContainerId, Stdin: a.Stdin, Logs: a.Logs}, io)
+	if err == nil && s.Ended != nil {
+		s.Ended(code)
+	}
 	return err
 }
 

@@ -336,6 +336,14 @@ func pump(ctx context.Context, giveUp func(), b *bidi, first *v1.StreamInput, s 
 				s.Started()
 				s.Started = nil // once, whatever the guest says
 			}
+		case *v1.StreamOutput_Ended: // the last word of an attach; exit_code is for older hosts
+			if k.Ended < 0 || k.Ended > 255 {
+				return 0, bad("exit code %d", k.Ended)
+			}
+			if s.Ended != nil {
+				s.Ended(int(k.Ended))
+			}
+			return k.Ended, nil
 		case *v1.StreamOutput_ExitCode:
 			return k.ExitCode, nil
 		case *v1.StreamOutput_Stdout:

@@ -213,6 +213,7 @@ func (h *handler) stream(ctx context.Context, s *duplex, stdin bool, run func(co
 	st := runtime.Streams{
 		Stdout: output{w, stdout}, Stderr: output{w, stderr}, Resize: resize, Signals: signals,
 		Started: func() { _ = w.send(&v1.StreamOutput{Kind: &v1.StreamOutput_Started{Started: true}}) },
+		Ended:   func(code int) { _ = w.send(&v1.StreamOutput{Kind: &v1.StreamOutput_Ended{Ended: int32(code)}}) },
 	}
 	pr, pw := io.Pipe()
 	defer pr.Close()
