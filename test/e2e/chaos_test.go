@@ -237,14 +237,14 @@ func (c *chaos) runs() {
 		want = c.token
 	}
 	next := fmt.Sprintf("token %d\n", c.rng.Uint64())
-	c.Eventually(time.Minute, "the volume's data", func() error {
+	c.Eventually(3*time.Minute, "the volume's data", func() error {
 		out, err := c.TryFor(time.Minute, "", "exec", "-p", "chaos", "db", "cat", "/data/index.html")
 		if err == nil && out != want {
 			c.t.Fatalf("the volume holds %q, want %q: data was lost", out, want)
 		}
 		return err
 	})
-	c.Eventually(time.Minute, "writing to the volume", func() error {
+	c.Eventually(3*time.Minute, "writing to the volume", func() error {
 		_, err := c.TryFor(time.Minute, next, "exec", "-i", "-p", "chaos", "db", "sh", "-c", "cat > /data/x && mv /data/x /data/index.html && sync")
 		return err
 	})
