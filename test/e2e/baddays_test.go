@@ -15,24 +15,26 @@ import (
 	"testing"
 	"time"
 
+	"tandem/internal/store"
+	"tandem/internal/store/storetest"
 	"tandem/test/host"
-
-	"go.etcd.io/bbolt"
-	"go.etcd.io/etcd/api/v3/mvccpb"
-	"google.golang.org/protobuf/proto"
 )
 
 // TestFullDisk: the disk with the state fills up. Whoever asks for more is told
-// so, what runs goes on, nothing is lost, and with space it all works again.
+// so, what runs goes on, the server too, and with space it all works again.
 func TestFullDisk(t *testing.T) {
 	h := host.New(t)
 	disk := h.SmallState(900)
 	h.Launch("--no-clone")
+	pid := h.Server()[0]
 	h.Images()
 	h.Tandem("run", "-d", "--name", "keep", "-v", "data:/data", "--stop-timeout", "1", "busybox",
 		"sh", "-c", "echo precious > /data/f; sync; sleep 100000")
 	h.Eventually(2*time.Minute, "keep runs", func() error { return inMachine(h.Container("keep")) })
 	before := h.Container("keep")
+	// It has ended, and its machine with it: to start again it needs space.
+	h.Tandem("run", "--name", "wants", "--isolation", "own", "busybox", "true")
+	wanted := h.Container("wants")
 	kept := func() error {
 		out, err := h.TryFor(time.Minute, "", "exec", "keep", "cat", "/data/f")
 		if err == nil && out != "precious\n" {
@@ -41,64 +43,88 @@ func TestFullDisk(t *testing.T) {
 		return err
 	}
 	h.Eventually(time.Minute, "the volume's data", kept)
+	lives := func() {
+		t.Helper()
+		if p := h.Server(); len(p) != 1 || p[0] != pid {
+			t.Fatalf("the server was process %d, is %v", pid, p)
+		}
+	}
 
-	// All but nothing is used: dd fails when there is no more.
-	h.Inside(context.Background(), "dd", "if=/dev/zero", "of="+disk+"/fill", "bs=1M").Run()
-	h.Inside(context.Background(), "dd", "if=/dev/zero", "of="+disk+"/fill2", "bs=4k").Run()
-	h.Do("sync")
+	// All is used: dd fails when there is no more.
+	fill := func() {
+		h.Inside(context.Background(), "dd", "if=/dev/zero", "of="+disk+"/fill", "bs=1M", "oflag=append", "conv=notrunc").Run()
+		h.Inside(context.Background(), "dd", "if=/dev/zero", "of="+disk+"/fill2", "bs=4k", "oflag=append", "conv=notrunc").Run()
+		h.Do("sync")
+	}
+	fill()
+	fill() // and what was still being given back
 	tarball := filepath.Join(t.TempDir(), "image.tar")
 	if err := os.WriteFile(tarball, emptyTar(), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	refused := func(args ...string) {
 		t.Helper()
-		_, err := h.TryFor(time.Minute, "", args...)
-		switch {
-		case err == nil:
-			t.Errorf("%v works on a full disk", args)
-		case strings.Contains(err.Error(), "no space"):
-			t.Logf("%v: %v", args, err)
-		case !h.Alive():
-			t.Logf("the server has ended: %v", err)
-		default:
+		if _, err := h.TryFor(time.Minute, "", args...); err == nil || !strings.Contains(err.Error(), "no space") {
 			t.Errorf("%v on a full disk: want an error that says \"no space\", got %v", args, err)
+		} else {
+			t.Logf("%v: %v", args, err)
 		}
 	}
 	refused("image", "import", tarball, "late:latest")
-	// What can't be made waits for space.
-	ran := make(chan error, 1)
+	refused("run", "-d", "--name", "late", "busybox", "true")
+	refused("volume", "create", "late")
+	if out, _ := h.Try("doctor"); !strings.Contains(out, "the disk of the state directory is full") {
+		t.Errorf("tandem doctor does not say it:\n%s", out)
+	}
+	// What can't be started waits for space, and says so.
+	started := make(chan error, 1)
 	go func() {
-		_, err := h.TryFor(4*time.Minute, "", "run", "--name", "wants", "-v", "another:/data", "busybox", "true")
-		ran <- err
+		_, err := h.TryFor(5*time.Minute, "", "start", "wants")
+		started <- err
 	}()
-	h.Eventually(time.Minute, "the log says why the host makes nothing", func() error {
-		if h.Alive() && !strings.Contains(h.Log(), "no space") {
-			return errors.New("not a word of space in the server's log")
+	h.Eventually(time.Minute, "what waits for space says so", func() error {
+		c := h.Container("wants")
+		if !strings.Contains(c.Status.Message, "no space") {
+			return fmt.Errorf("its status is %+v", c.Status)
 		}
 		return nil
 	})
-	if err := kept(); err != nil && h.Alive() { // it may end at any moment now
+	t.Logf("wants: %s", h.Container("wants").Status.Message)
+	fill()
+	if err := kept(); err != nil {
 		t.Errorf("what ran does not go on: %v", err)
 	}
+	lives()
 
 	h.Do("rm", disk+"/fill", disk+"/fill2")
-	if !h.Alive() {
-		if !strings.Contains(h.Log(), "no space") {
-			t.Error("the server ended and its log does not say why")
-		}
-		h.Launch("--no-clone")
+	h.Eventually(time.Minute, "there is space again", func() error {
+		_, err := h.TryFor(time.Minute, "", "volume", "create", "late")
+		return err
+	})
+	if err := <-started; err != nil {
+		t.Errorf("tandem start: %v", err)
 	}
+	h.Eventually(3*time.Minute, "what waited for space has run", func() error {
+		c := h.Container("wants")
+		if c.Status.State != "CONTAINER_STATE_EXITED" || c.Status.ExitCode != 0 || c.Status.Message != "" || c.Status.StartedAt == wanted.Status.StartedAt {
+			return fmt.Errorf("its status is %+v", c.Status)
+		}
+		return nil
+	})
 	h.Eventually(2*time.Minute, "keep is as it was", func() error { return errors.Join(inMachine(h.Container("keep")), kept()) })
 	if after := h.Container("keep"); after.Status.StartedAt != before.Status.StartedAt {
 		t.Errorf("keep was restarted: %v, then %v", before.Status, after.Status)
 	}
 	h.Tandem("image", "import", tarball, "late:latest")
-	// The store may have given up under it, and then said so.
-	if err := <-ran; err != nil && !strings.Contains(err.Error(), "is full") {
-		t.Errorf("what waited for space does not run: %v", err)
-	}
 	if out, err := h.TryFor(3*time.Minute, "", "run", "--rm", "-v", "another:/data", "busybox", "echo", "again"); err != nil || out != "again\n" {
 		t.Errorf("with space again: %q, %v", out, err)
+	}
+	lives()
+	events := h.Tandem("events", "--since", "1h", "--until", "0s")
+	for _, what := range []string{"state full", "state space"} {
+		if n := strings.Count(events, what); n != 1 {
+			t.Errorf("%d events say %q:\n%s", n, what, events)
+		}
 	}
 }
 
@@ -147,12 +173,27 @@ func TestCorruptRecord(t *testing.T) {
 	h := host.New(t)
 	h.Launch("--no-clone")
 	h.Images()
-	for _, n := range []string{"one", "two", "three"} {
-		h.Tandem("run", "-d", "--name", n, "--isolation", "metal", "--stop-timeout", "1", "busybox", "sleep", "100000")
+	serve := func(name string, flags ...string) {
+		h.Tandem(append(append([]string{"run", "-d", "--name", name, "--isolation", "metal", "--stop-timeout", "1"}, flags...),
+			"busybox", "sh", "-c", "echo "+name+" > /tmp/index.html; httpd -h /tmp; exec sleep 100000")...)
 	}
-	one, three := h.Container("one"), h.Container("three")
+	page := func(name, url string) func() error {
+		return func() error {
+			out, err := h.Curl(url)
+			if err == nil && out != name+"\n" {
+				err = fmt.Errorf("%s says %q, not %s", url, out, name)
+			}
+			return err
+		}
+	}
+	for _, n := range []string{"one", "two", "three"} {
+		serve(n, "-p", "80")
+	}
+	one, two, three := h.Container("one"), h.Container("two"), h.Container("three")
+	port := fmt.Sprintf("http://127.0.0.1:%d", two.Assignment.Ports[0].HostPort)
+	h.Eventually(time.Minute, "two answers", page("two", port))
 	h.Stop()
-	damage(t, filepath.Join(h.State(), "server/server/etcd/member/snap/db"), "/container/", "/two")
+	storetest.Damage(t, filepath.Join(h.State(), "server/server"), store.Key{Kind: store.Containers, Project: two.Meta.Project, Name: "two"}, storetest.All)
 	h.Launch("--no-clone")
 	h.Eventually(time.Minute, "the others are known", func() error {
 		return errors.Join(inMachine(h.Container("one")), inMachine(h.Container("three")))
@@ -166,58 +207,65 @@ func TestCorruptRecord(t *testing.T) {
 	if !strings.Contains(out, "two is corrupt") {
 		t.Errorf("tandem doctor does not name the record:\n%s", out)
 	}
+	if out := h.Tandem("state", "ls"); !strings.Contains(out, "container") || !strings.Contains(out, "/two") {
+		t.Errorf("tandem state ls does not name it:\n%s", out)
+	}
+	// All others can be worked with, and what the unreadable one has stays its own.
 	h.Tandem("stop", "three")
 	h.Tandem("start", "three")
-	h.Eventually(time.Minute, "three processes run, that of the unreadable record too", func() error {
-		if n := len(h.Pids("sleep", "100000")); n != 3 {
+	serve("four")
+	h.Eventually(2*time.Minute, "a new one runs", func() error { return inMachine(h.Container("four")) })
+	ips := map[string]string{two.Assignment.IP: "two"}
+	for _, n := range []string{"one", "three", "four"} {
+		c := h.Container(n)
+		if other := ips[c.Assignment.IP]; other != "" {
+			t.Errorf("%s and %s have the address %s", n, other, c.Assignment.IP)
+		}
+		ips[c.Assignment.IP] = n
+	}
+	for ip, n := range ips {
+		h.Eventually(time.Minute, n+" answers at its own address", func() error {
+			out, err := h.TryFor(30*time.Second, "", "exec", "four", "wget", "-T", "5", "-qO-", "http://"+ip)
+			if err == nil && out != n+"\n" {
+				err = fmt.Errorf("%s says %q, not %s", ip, out, n)
+			}
+			return err
+		})
+	}
+	h.Eventually(time.Minute, "two answers at its port", page("two", port))
+	h.Eventually(time.Minute, "four processes run, that of the unreadable record too", func() error {
+		if n := len(h.Pids("sleep", "100000")); n != 4 {
 			return fmt.Errorf("there are %d", n)
 		}
 		return nil
 	})
-}
-
-// damage replaces the newest value of the one key with these parts in etcd's
-// data base by rubbish.
-func damage(t *testing.T, file string, parts ...string) {
-	t.Helper()
-	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: 10 * time.Second})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	err = db.Update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket([]byte("key"))
-		var at []byte
-		found := &mvccpb.KeyValue{}
-		err := b.ForEach(func(k, v []byte) error {
-			kv := &mvccpb.KeyValue{}
-			if err := proto.Unmarshal(v, kv); err != nil {
-				return err
-			}
-			for _, p := range parts {
-				if !strings.Contains(string(kv.Key), p) {
-					return nil
-				}
-			}
-			at, found = bytes.Clone(k), kv
-			return nil
-		})
-		if err != nil {
-			return err
+	// Nobody knows its port any more: who wants one waits, and says so.
+	five := make(chan error, 1)
+	go func() {
+		_, err := h.TryFor(5*time.Minute, "", "run", "-d", "--name", "five", "--isolation", "metal", "--stop-timeout", "1", "-p", "80", "busybox", "sleep", "100000")
+		five <- err
+	}()
+	h.Eventually(time.Minute, "a fifth says what it waits for", func() error {
+		all, err := h.Containers()
+		if m := all["five"].Status.Message; err == nil && !strings.Contains(m, "tandem state purge") {
+			err = fmt.Errorf("it says %q", m)
 		}
-		if at == nil {
-			return fmt.Errorf("no key with %v", parts)
-		}
-		found.Value = []byte("\xff\xff rubbish")
-		v, err := proto.Marshal(found)
-		if err != nil {
-			return err
-		}
-		return b.Put(at, v)
+		return err
 	})
-	if err != nil {
-		t.Fatal(err)
+	// The way out.
+	if _, err := h.Try("state", "purge", "container", "two"); err == nil || !strings.Contains(err.Error(), "--yes") {
+		t.Errorf("purge without --yes: %v", err)
 	}
+	h.Tandem("state", "purge", "container", "two", "--yes")
+	h.Eventually(2*time.Minute, "the fifth runs and what had no record is gone", func() error {
+		if n := len(h.Pids("sleep", "100000")); n != 4 {
+			return fmt.Errorf("there are %d processes", n)
+		}
+		return inMachine(h.Container("five"))
+	})
+	<-five // it may have given up waiting
+	serve("two")
+	h.Eventually(2*time.Minute, "its name is free", func() error { return inMachine(h.Container("two")) })
 }
 
 // TestRubbishSocket: whatever is written to the server's socket, and however many
@@ -336,7 +384,9 @@ services:
       resources: {reservations: {cpus: "0.005", memory: 4M}}
 `, n))
 	begin := time.Now()
-	h.Tandem("up", "-f", f)
+	if out, err := h.TryFor(40*time.Minute, "", "up", "-f", f); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	t.Logf("%d containers ran after %s", n, time.Since(begin).Round(time.Millisecond))
 	all, err := h.Containers()
 	if err != nil || len(all) != n {
