@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +32,6 @@ func TestFullDisk(t *testing.T) {
 	h.Tandem("run", "-d", "--name", "keep", "-v", "data:/data", "--stop-timeout", "1", "busybox",
 		"sh", "-c", "echo precious > /data/f; sync; sleep 100000")
 	h.Eventually(2*time.Minute, "keep runs", func() error { return inMachine(h.Container("keep")) })
-	before := h.Container("keep")
 	// It has ended, and its machine with it: to start again it needs space.
 	h.Tandem("run", "--name", "wants", "--isolation", "own", "busybox", "true")
 	wanted := h.Container("wants")
@@ -43,6 +43,7 @@ func TestFullDisk(t *testing.T) {
 		return err
 	}
 	h.Eventually(time.Minute, "the volume's data", kept)
+	before := h.Container("keep")
 	lives := func() {
 		t.Helper()
 		if p := h.Server(); len(p) != 1 || p[0] != pid {
@@ -121,9 +122,9 @@ func TestFullDisk(t *testing.T) {
 	}
 	lives()
 	events := h.Tandem("events", "--since", "1h", "--until", "0s")
-	for _, what := range []string{"state full", "state space"} {
-		if n := strings.Count(events, what); n != 1 {
-			t.Errorf("%d events say %q:\n%s", n, what, events)
+	for _, what := range []string{"full", "space"} {
+		if n := len(regexp.MustCompile(` state +`+what+" ").FindAllString(events, -1)); n != 1 {
+			t.Errorf("%d events say that the state's disk is %s:\n%s", n, what, events)
 		}
 	}
 }
@@ -225,7 +226,7 @@ func TestCorruptRecord(t *testing.T) {
 	}
 	for ip, n := range ips {
 		h.Eventually(time.Minute, n+" answers at its own address", func() error {
-			out, err := h.TryFor(30*time.Second, "", "exec", "four", "wget", "-T", "5", "-qO-", "http://"+ip)
+			out, err := h.TryFor(30*time.Second, "", "exec", "four", "timeout", "10", "wget", "-q", "-O", "-", "http://"+ip+"/")
 			if err == nil && out != n+"\n" {
 				err = fmt.Errorf("%s says %q, not %s", ip, out, n)
 			}

@@ -59,6 +59,9 @@ type Container struct {
 		HostID    string `json:"host_id"`
 		MachineID string `json:"machine_id"`
 		IP        string
+		Ports     []struct {
+			HostPort int `json:"host_port"`
+		}
 	}
 	Status struct {
 		State        string
