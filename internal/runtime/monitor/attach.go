@@ -59,19 +59,19 @@ func (s *server) attach(cn *conn, r *AttachRequest) error {
 		if (kind == frameStdin || kind == frameCloseStdin) && !r.Stdin {
 			continue
 		}
-		c.input(kind, p)
+		c.input(cn, kind, p)
 	}
 }
 
 // input applies one frame of a client.
-func (c *container) input(kind byte, p []byte) {
-	// Input may come before the start; wait for it.
+func (c *container) input(cn *conn, kind byte, p []byte) {
+	// Input may come before the start; wait for it, as long as the client does.
 	for c.status().State == "" || c.status().State == Starting {
 		time.Sleep(10 * time.Millisecond)
 		c.s.mu.Lock()
 		known := c.s.ctrs[c.id] == c
 		c.s.mu.Unlock()
-		if !known {
+		if !known || cn.left() {
 			return
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // StartRequest runs a prepared bundle. It is kept on disk beside the container's
@@ -130,6 +131,25 @@ func (c *conn) send(kind byte, p []byte) error {
 	bufs := net.Buffers{h[:], p}
 	_, err := bufs.WriteTo(c.Conn)
 	return err
+}
+
+// left says that the other side has hung up; what it sent may still be unread.
+func (c *conn) left() bool {
+	uc, ok := c.Conn.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	rc, err := uc.SyscallConn()
+	if err != nil {
+		return true
+	}
+	hup := false
+	err = rc.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(fds, 0)
+		hup = err == nil && n > 0
+	})
+	return hup || err != nil
 }
 
 func (c *conn) sendJSON(v any) error {
