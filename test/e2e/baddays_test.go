@@ -32,8 +32,8 @@ func TestFullDisk(t *testing.T) {
 	h.Tandem("run", "-d", "--name", "keep", "-v", "data:/data", "--stop-timeout", "1", "busybox",
 		"sh", "-c", "echo precious > /data/f; sync; sleep 100000")
 	h.Eventually(2*time.Minute, "keep runs", func() error { return inMachine(h.Container("keep")) })
-	// It has ended, and its machine with it: to start again it needs space.
-	h.Tandem("run", "--name", "wants", "--isolation", "own", "busybox", "true")
+	// It has ended: to be told to start again its host needs space.
+	h.Tandem("run", "--name", "wants", "--isolation", "metal", "busybox", "true")
 	wanted := h.Container("wants")
 	kept := func() error {
 		out, err := h.TryFor(time.Minute, "", "exec", "keep", "cat", "/data/f")
