@@ -42,7 +42,7 @@ type Options struct {
 	// default is derived from StateDir.
 	CgroupParent string
 	// TranslationCache is the size in bytes of TCG's cache of translated code;
-	// 0 means 256 MiB. It fills as the guest runs more code. A machine that may
+	// 0 means 112 MiB. It fills as the guest runs more code. A machine that may
 	// have many CPUs gets at least 16 MiB for each.
 	TranslationCache int64
 	// ConsoleLog bounds the console log in bytes; 0 means 4 MiB.

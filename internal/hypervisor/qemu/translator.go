@@ -15,14 +15,19 @@ import (
 // is plugged in while it is nearly full: asked again a while later, it was emptied.
 
 const (
-	// tcgCache is the default size of the cache: it is reserved, and used as the
-	// guest runs more code. A booted guest has translated some 30 MiB.
-	tcgCache = 256 * mib
+	// tcgCache is the default size of the cache. It fills as the guest runs code that
+	// it has not run before, and what was touched never goes back to the host: it is
+	// the largest part of a small machine. Position-independent programs are
+	// translated anew for each process, because each has them at another address, so
+	// any cache is full one day, and emptying it costs a busy guest two seconds of
+	// processor time. This one holds what a machine needs until its first container
+	// serves (85 MiB with Apache) and some more, for CPUs that are plugged in then.
+	tcgCache = 112 * mib
 	// tcgCachePerCPU is the least for each CPU that a machine may come to have.
 	tcgCachePerCPU = 16 * mib
 	// tcgSpare is what must be free beside a new CPU's own region: what running
 	// CPUs may translate between the question and the plug.
-	tcgSpare = 8 * mib
+	tcgSpare = 6 * mib
 )
 
 // cacheSize is the cache of a machine that may come to have so many CPUs.
