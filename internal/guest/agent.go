@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/http"
 	"os/signal"
-	"runtime/debug"
 	"time"
 
 	"connectrpc.com/connect"
@@ -20,10 +19,11 @@ import (
 // RunAgent is the agent process: it serves the host over the agent channel until
 // it is told to end.
 func RunAgent() error {
-	debug.SetGCPercent(50)
+	collectLate()
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	log := newLogger("agent")
+	go arrived.follow(ctx, log)
 	id, err := loadIdentity()
 	if err != nil {
 		log.Error("identity", "error", err)

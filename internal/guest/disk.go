@@ -19,17 +19,23 @@ import (
 // appear, if the caller's context does not end before.
 const hotplugPatience = 20 * time.Second
 
-// poll calls ready until it is true, errs, or time is over.
+// poll calls ready until it is true, errs, or time is over: again whenever a
+// device has come, and now and then.
 func poll(ctx context.Context, what string, ready func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, hotplugPatience)
 	defer cancel()
 	wait := time.Millisecond
 	for {
+		arrival, told := arrived.next()
 		ok, err := ready()
 		if ok || err != nil {
 			return err
 		}
+		if told { // looking is work that keeps the device from coming
+			wait = max(wait, 50*time.Millisecond)
+		}
 		select {
+		case <-arrival:
 		case <-ctx.Done():
 			return fmt.Errorf("%s did not appear in this guest: %w", what, errdefs.ErrFailedPrecondition)
 		case <-time.After(wait):

@@ -7,7 +7,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -19,7 +18,6 @@ import (
 // Init is PID 1. It returns never: without it the kernel panics, which the host
 // sees at once.
 func Init() {
-	debug.SetGCPercent(50)
 	began := uptime()
 	mountEarly()
 	log := newLogger("init")

@@ -79,6 +79,7 @@ func (h hotplugged) Mount(ctx context.Context, r *v1.MountDiskRequest) (string, 
 // Further calls do nothing.
 func (c *containers) start(ctx context.Context) {
 	c.once.Do(func() {
+		time.AfterFunc(busyTime, collectSoon)
 		c.fail(nil)
 		go c.keepOpening(ctx)
 	})

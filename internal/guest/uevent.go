@@ -21,7 +21,25 @@ func watchUevents(log *slog.Logger) {
 	}
 }
 
+// listenUevents follows CPUs and memory until something fails.
 func listenUevents(log *slog.Logger) error {
+	look := func() { // after events were lost, and for those before we listened
+		onlineCPUs(log)
+		scaleLimits()
+	}
+	return eachUevent(look, func(action, subsystem string) {
+		switch {
+		case subsystem == "cpu" && action == "add":
+			onlineCPUs(log)
+		case subsystem == "memory" && (action == "add" || action == "online"):
+			scaleLimits()
+		}
+	})
+}
+
+// eachUevent calls each for what the kernel tells of its devices, and lost when
+// some of that may have been missed, as at the beginning. It ends with an error.
+func eachUevent(lost func(), each func(action, subsystem string)) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return err
@@ -31,16 +49,15 @@ func listenUevents(log *slog.Logger) error {
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}); err != nil {
 		return err
 	}
-	onlineCPUs(log) // those that came before we listened
+	lost()
 	buf := make([]byte, 16<<10)
 	for {
 		n, from, err := unix.Recvfrom(fd, buf, 0)
 		switch {
 		case err == unix.EINTR:
 			continue
-		case err == unix.ENOBUFS: // events were lost: look at everything
-			onlineCPUs(log)
-			scaleLimits()
+		case err == unix.ENOBUFS:
+			lost()
 			continue
 		case err != nil:
 			return err
@@ -57,12 +74,7 @@ func listenUevents(log *slog.Logger) error {
 				subsystem = v
 			}
 		}
-		switch {
-		case subsystem == "cpu" && action == "add":
-			onlineCPUs(log)
-		case subsystem == "memory" && (action == "add" || action == "online"):
-			scaleLimits()
-		}
+		each(action, subsystem)
 	}
 }
 
