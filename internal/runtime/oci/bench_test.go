@@ -27,6 +27,12 @@ func TestCreateToExit(t *testing.T) {
 	if err := rt.Create(ctx, keep); err != nil {
 		t.Fatal(err)
 	}
+	if err := rt.Start(ctx, keep.Id); err != nil { // it writes the bundle
+		t.Fatal(err)
+	}
+	if _, err := rt.Wait(ctx, keep.Id); err != nil {
+		t.Fatal(err)
+	}
 	bundle := filepath.Join(h.opts.RunDir, "c", keep.Id)
 	b, err := os.ReadFile(filepath.Join(bundle, "config.json"))
 	if err != nil {

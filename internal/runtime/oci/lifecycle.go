@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/signal"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -77,15 +78,13 @@ func (r *Runtime) create(ctx context.Context, c *container, s *v1.RuntimeSpec) e
 	if err != nil {
 		return err
 	}
-	if err := r.writeBundle(s.Id, sp); err != nil {
-		return err
-	}
 	for _, f := range s.Files {
 		if f.Secret {
 			f.Content = nil // never on disk
 		}
 	}
 	r.mu.Lock()
+	c.ready = sp
 	err = r.save(c)
 	r.mu.Unlock()
 	if err != nil {
@@ -129,18 +128,7 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.prepare(ctx, s, false); err != nil {
-		return err
-	}
-	netns, err := r.link(ctx, s)
-	if err != nil {
-		return err
-	}
-	sp, err := r.ociSpec(ctx, s, netns)
-	if err != nil {
-		return err
-	}
-	if err := r.writeBundle(id, sp); err != nil {
+	if err := r.bundle(ctx, c, s); err != nil {
 		return err
 	}
 	st, err := r.o.Monitor.Start(ctx, monitor.StartRequest{
@@ -153,6 +141,36 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	}
 	r.apply(st)
 	return nil
+}
+
+// bundle makes what runc reads, and all that this names. At the first start that
+// is what Create has found already, if this process did it and nothing has changed
+// since.
+func (r *Runtime) bundle(ctx context.Context, c *container, s *v1.RuntimeSpec) error {
+	r.mu.Lock()
+	sp := c.ready
+	c.ready = nil
+	r.mu.Unlock()
+	if sp == nil {
+		if err := r.prepare(ctx, s, false); err != nil {
+			return err
+		}
+	}
+	netns, err := r.link(ctx, s)
+	if err != nil {
+		return err
+	}
+	if sp == nil {
+		if sp, err = r.ociSpec(ctx, s, netns); err != nil {
+			return err
+		}
+	}
+	for i, n := range sp.Linux.Namespaces {
+		if n.Type == specs.NetworkNamespace {
+			sp.Linux.Namespaces[i].Path = netns
+		}
+	}
+	return r.writeBundle(s.Id, sp)
 }
 
 // link gives the container its network and returns the namespace's path ("" lets

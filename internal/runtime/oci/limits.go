@@ -112,7 +112,7 @@ func (r *Runtime) Update(ctx context.Context, id string, q *v1.Resources) error 
 		return err
 	}
 	r.mu.Lock()
-	c.spec = spec
+	c.spec, c.ready = spec, nil
 	r.mu.Unlock()
 	return nil
 }

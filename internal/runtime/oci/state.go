@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -45,6 +46,7 @@ type container struct {
 
 	// Guarded by Runtime.mu.
 	spec    *v1.RuntimeSpec // without secrets' content
+	ready   *specs.Spec     // what Create found, for the first start
 	rec     record
 	pid     int
 	paused  bool

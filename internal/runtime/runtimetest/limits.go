@@ -110,6 +110,18 @@ func testLimits(t *testing.T, tg Target) {
 		t.Errorf("one byte: %v", err)
 	}
 	Eventually(t, "three processes", func() bool { ps, _ := tg.RT.Top(Context(t), id); return len(ps) == 3 })
+	// Limits that change before the first start count from then on.
+	s.Id = Unique("c")
+	id = create(t, tg, s)
+	if err := tg.RT.Update(Context(t), id, &v1.Resources{MemoryBytesLimit: 48 << 20}); err != nil {
+		t.Error(err)
+	}
+	if err := tg.RT.Start(Context(t), id); err != nil {
+		t.Fatal(err)
+	}
+	if got := limit(); got != 48<<20 {
+		t.Errorf("memory limit set before the start %d", got)
+	}
 	s = sh(tg, `for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1 & done; wait`)
 	s.Resources = &v1.Resources{PidsLimit: 4}
 	if _, out := run(t, tg, s); !strings.Contains(out, "fork") {

@@ -25,7 +25,7 @@ func Linux(t *testing.T, tg Target) {
 		{"security", testSecurity}, {"read-only", testReadOnly}, {"files", testFiles}, {"volume", testVolume},
 		{"subpath", testSubpath}, {"tmpfs and devices", testTmpfsDevices}, {"limits", testLimits}, {"out of memory", testOOM},
 		{"stop", testStop}, {"terminal", testTerminal}, {"exec users", testExecUsers}, {"log shapes", testLogShapes},
-		{"writable layer", testWritableLayer}, {"privileged", testPrivileged}, {"ulimits", testUlimits},
+		{"writable layer", testWritableLayer}, {"attach tells", testAttachTells}, {"privileged", testPrivileged}, {"ulimits", testUlimits},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.fn(t, tg) })
 	}

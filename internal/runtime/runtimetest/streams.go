@@ -136,6 +136,36 @@ func testAttach(t *testing.T, tg Target) {
 	}
 }
 
+// testAttachTells attaches before the start: the end's code comes with the stream,
+// and so does it when there is no start.
+func testAttachTells(t *testing.T, tg Target) {
+	attach := func(id string) (code int, err error) {
+		code = -1
+		attached, done := make(chan bool, 1), make(chan error, 1)
+		go func() {
+			done <- tg.RT.Attach(Context(t), &v1.AttachSpec{ContainerId: id, Logs: true},
+				runtime.Streams{Started: func() { attached <- true }, Ended: func(n int) { code = n }})
+		}()
+		<-attached
+		started := tg.RT.Start(Context(t), id)
+		select {
+		case err = <-done:
+		case <-time.After(Limit):
+			t.Fatal("attach goes on after the end")
+		}
+		if (started == nil) != (err == nil) {
+			t.Errorf("start says %v, attach %v", started, err)
+		}
+		return code, err
+	}
+	if code, err := attach(create(t, tg, Spec(tg.Layer, "sh", "-c", "exit 7"))); code != 7 || err != nil {
+		t.Errorf("attach to what ends with 7: %d %v", code, err)
+	}
+	if code, err := attach(create(t, tg, Spec(tg.Layer, "no-such-program"))); code != -1 || !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("attach to what can't start: %d %v", code, err)
+	}
+}
+
 func testExec(t *testing.T, tg Target) {
 	id := start(t, tg, Spec(tg.Layer, "sleep", "1000"))
 	ex := func(e *v1.ExecSpec, s runtime.Streams) (int, error) {
