@@ -45,7 +45,7 @@ func TestUnreadableRecordKeepsItsAddressAndPorts(t *testing.T) {
 				return &v1.Container{}
 			}
 			if all {
-				s = l.until("with no host that could tell, both wait and say why", func(s *store.Snapshot) bool {
+				l.until("with no host that could tell, both wait and say why", func(s *store.Snapshot) bool {
 					return strings.Contains(get(s, "ccc").GetStatus().GetMessage(), "container p/bbb can't be read") &&
 						strings.Contains(get(s, "ddd").GetStatus().GetMessage(), "tandem state purge")
 				})
