@@ -194,13 +194,13 @@ func BenchmarkContainers(b *testing.B) {
 
 	h.Tandem("run", "-d", "--name", "keep", "busybox", "sleep", "100000")
 	h.Tandem("run", "--rm", "busybox", "true")
-	warm := times(9, func(int) { h.Tandem("run", "--rm", "busybox", "true") })
-	alone, minimal := runcInGuest(b, h)
+	inGuest, remove := runcInGuest(b, h)
+	warm, alone, minimal := inTurns(b, h, inGuest)
+	remove()
 	report("busybox true in a warm machine, create to exit", ms(warm), "1.4 x "+ms(alone)+" (runc)", float64(warm) <= 1.4*float64(alone))
 	note("   runc alone of its own minimal spec, there", ms(minimal))
 
-	metal := times(9, func(int) { h.Tandem("run", "--rm", "--isolation", "metal", "busybox", "true") })
-	bare, minimal := runcOnHost(b, h)
+	metal, bare, minimal := inTurns(b, h, runcOnHost(b, h), "--isolation", "metal")
 	report("busybox true on metal, create to exit", ms(metal), "1.4 x "+ms(bare)+" (runc)", float64(metal) <= 1.4*float64(bare))
 	note("   runc alone of its own minimal spec, there", ms(minimal))
 }

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,9 +90,33 @@ func adapt(b *testing.B, file string, change func(map[string]any)) {
 	}
 }
 
+// inTurns runs busybox true by `tandem run --rm` with these flags, and runc alone
+// with both bundles, nine times one after the other, so that all three see the same
+// load, and returns medians. What Tandem removes after a container's end is waited
+// for: it would burden runc.
+func inTurns(b *testing.B, h *host.Host, runc func(bundle string) time.Duration, flags ...string) (ours, same, minimal time.Duration) {
+	b.Helper()
+	var d [3][]time.Duration
+	here := strings.Count(h.Tandem("ps", "-a", "-q"), "\n")
+	for range 9 {
+		start := time.Now()
+		h.Tandem(append(append([]string{"run", "--rm"}, flags...), "busybox", "true")...)
+		d[0] = append(d[0], time.Since(start))
+		h.Eventually(time.Minute, "the container is removed", func() error {
+			if n := strings.Count(h.Tandem("ps", "-a", "-q"), "\n"); n > here {
+				return fmt.Errorf("%d containers, not %d", n, here)
+			}
+			return nil
+		})
+		d[1] = append(d[1], runc("tandem"))
+		d[2] = append(d[2], runc("minimal"))
+	}
+	return median(d[0]), median(d[1]), median(d[2])
+}
+
 // runcInGuest is `runc run` of busybox true by itself, in the same guest: from a
 // privileged container, with nothing of Tandem on the way.
-func runcInGuest(b *testing.B, h *host.Host) (same, minimal time.Duration) {
+func runcInGuest(b *testing.B, h *host.Host) (run func(bundle string) time.Duration, remove func()) {
 	b.Helper()
 	h.ImportTree("runc:latest", func(root string) {
 		host.BusyboxTree(b, root)
@@ -102,44 +127,37 @@ func runcInGuest(b *testing.B, h *host.Host) (same, minimal time.Duration) {
 	// A control group that has limits below it has no processes in it.
 	h.Tandem("exec", "nested", "sh", "-c", "mount -o remount,exec /scratch && cp -a /bundles /scratch/b && mkdir -p /run/runc /sys/fs/cgroup/own && for p in $(cat /sys/fs/cgroup/cgroup.procs); do echo $p > /sys/fs/cgroup/own/cgroup.procs; done; true")
 	script := `cd /scratch/b/$0
-for i in 1 2 3 4 5 6 7 8 9; do s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run x$i || exit 1; e=$(cut -d' ' -f1 /proc/uptime); echo "$s $e"; done`
-	run := func(bundle string) time.Duration {
+s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run x || exit 1; e=$(cut -d' ' -f1 /proc/uptime); echo "$s $e"`
+	run = func(bundle string) time.Duration {
 		out, err := h.Try("exec", "nested", "sh", "-c", script, bundle)
 		if err != nil {
 			b.Fatal(err)
 		}
-		var d []time.Duration
-		for _, l := range strings.Split(strings.TrimSpace(out), "\n") {
-			f := strings.Fields(l)
-			if len(f) != 2 {
-				b.Fatalf("runc in the guest: %q", out)
-			}
-			s, _ := strconv.ParseFloat(f[0], 64)
-			e, _ := strconv.ParseFloat(f[1], 64)
-			d = append(d, time.Duration((e-s)*float64(time.Second)))
+		f := strings.Fields(out)
+		if len(f) != 2 {
+			b.Fatalf("runc in the guest: %q", out)
 		}
-		return median(d)
+		s, _ := strconv.ParseFloat(f[0], 64)
+		e, _ := strconv.ParseFloat(f[1], 64)
+		return time.Duration((e - s) * float64(time.Second))
 	}
-	same, minimal = run("tandem"), run("minimal")
-	h.Tandem("rm", "-f", "nested")
-	return same, minimal
+	return run, func() { h.Tandem("rm", "-f", "nested") }
 }
 
 // runcOnHost is the same on the host.
-func runcOnHost(b *testing.B, h *host.Host) (same, minimal time.Duration) {
+func runcOnHost(b *testing.B, h *host.Host) (run func(bundle string) time.Duration) {
 	b.Helper()
 	dir := filepath.Join(h.Dir, "bundles")
 	bundles(b, h, dir)
 	root := filepath.Join(h.Dir, "runc-root")
-	run := func(bundle string) time.Duration {
-		return times(9, func(i int) {
-			c := h.Inside(b.Context(), filepath.Join(h.Bin, "runc"), "--root", root, "run", "-b", filepath.Join(dir, bundle), "bench-"+strconv.Itoa(i))
-			if out, err := c.CombinedOutput(); err != nil {
-				b.Fatalf("runc: %v: %s", err, out)
-			}
-		})
+	return func(bundle string) time.Duration {
+		start := time.Now()
+		c := h.Inside(b.Context(), filepath.Join(h.Bin, "runc"), "--root", root, "run", "-b", filepath.Join(dir, bundle), "bench")
+		if out, err := c.CombinedOutput(); err != nil {
+			b.Fatalf("runc: %v: %s", err, out)
+		}
+		return time.Since(start)
 	}
-	return run("tandem"), run("minimal")
 }
 
 func copyFile(b *testing.B, from, to string) {
