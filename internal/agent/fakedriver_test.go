@@ -16,6 +16,8 @@ import (
 
 // fakeDriver runs machines that are fakeGuests.
 type fakeDriver struct {
+	consoleLog          []byte
+	console             func(id string) (io.ReadWriteCloser, error)
 	w                   *world
 	mu                  sync.Mutex
 	ms                  map[string]*fakeMachine
@@ -243,6 +245,9 @@ func (d *fakeDriver) Console(ctx context.Context, id string) (io.ReadWriteCloser
 	if gerr := d.w.gate(ctx); gerr != nil {
 		return nil, gerr
 	}
+	if d.console != nil {
+		return d.console(id)
+	}
 	return nil, errdefs.ErrNotImplemented
 }
 
@@ -250,7 +255,7 @@ func (d *fakeDriver) ConsoleLog(ctx context.Context, id string, n int64) ([]byte
 	if gerr := d.w.gate(ctx); gerr != nil {
 		return nil, gerr
 	}
-	return nil, nil
+	return d.consoleLog[max(0, int64(len(d.consoleLog))-n):], nil
 }
 
 func (d *fakeDriver) Channel(ctx context.Context, id string) (net.Conn, error) {

@@ -27,6 +27,11 @@ type fakeRuntime struct {
 	dead    bool
 	creates int
 	grace   time.Duration // of the last Stop
+	// What the calls of clients do; nil: nothing.
+	attach func(context.Context, *v1.AttachSpec, runtime.Streams) error
+	wait   func(context.Context, string) (*v1.RuntimeStatus, error)
+	stats  func(id string) (*v1.Usage, error)
+	top    func(id string) ([]*v1.Process, error)
 	// onStart, if there, happens within each Start; its error is Start's, whatever
 	// has begun.
 	onStart func(ctx context.Context, id string) error
@@ -306,6 +311,9 @@ func (r *fakeRuntime) Attach(ctx context.Context, s *v1.AttachSpec, io runtime.S
 	if gerr := r.w.gate(ctx); gerr != nil {
 		return gerr
 	}
+	if r.attach != nil {
+		return r.attach(ctx, s, io)
+	}
 	return nil
 }
 
@@ -319,6 +327,9 @@ func (r *fakeRuntime) Logs(ctx context.Context, o *v1.LogOptions, fn func(*v1.Lo
 func (r *fakeRuntime) Wait(ctx context.Context, id string) (*v1.RuntimeStatus, error) {
 	if gerr := r.w.gate(ctx); gerr != nil {
 		return nil, gerr
+	}
+	if r.wait != nil {
+		return r.wait(ctx, id)
 	}
 	return nil, errdefs.ErrNotImplemented
 }
@@ -343,10 +354,18 @@ func (r *fakeRuntime) Stats(ctx context.Context, id string) (*v1.Usage, error) {
 	if gerr := r.w.gate(ctx); gerr != nil {
 		return nil, gerr
 	}
+	if r.stats != nil {
+		return r.stats(id)
+	}
 	return &v1.Usage{Pids: 1}, nil
 }
 
-func (r *fakeRuntime) Top(ctx context.Context, id string) ([]*v1.Process, error) { return nil, nil }
+func (r *fakeRuntime) Top(ctx context.Context, id string) ([]*v1.Process, error) {
+	if r.top != nil {
+		return r.top(id)
+	}
+	return nil, nil
+}
 
 func (r *fakeRuntime) Events(ctx context.Context) (<-chan *v1.RuntimeEvent, error) {
 	if gerr := r.w.gate(ctx); gerr != nil {

@@ -27,14 +27,37 @@ type rig struct {
 	next   string // state directory of the agent after the one that was killed
 	plan   any    // of the property test
 	last   string // what was not right when last looked at
+	tuning Tuning
+	idle   func() // returns when nobody has anything to do; in real time, at once
 }
 
 func cloneSpec(s *v1.HostSpec) *v1.HostSpec { return proto.Clone(s).(*v1.HostSpec) }
 
 func newRig(t *testing.T) *rig {
-	r := &rig{t: t, w: newWorld(), dir: t.TempDir(), spec: &v1.HostSpec{ClusterId: "c1"}}
+	r := &rig{t: t, w: newWorld(), dir: t.TempDir(), spec: &v1.HostSpec{ClusterId: "c1"}, idle: synctest.Wait}
 	r.start()
 	return r
+}
+
+// live is a rig in real time, for what can't be in a bubble (HTTP/2 shares channels
+// between connections); its machines boot in no time.
+func live(t *testing.T) *rig {
+	r := &rig{t: t, w: newWorld(), dir: t.TempDir(), spec: &v1.HostSpec{ClusterId: "c1"}, idle: func() {}}
+	r.w.drv.bootTime, r.w.drv.cloneTime = time.Millisecond, time.Millisecond
+	r.tuning.CallTimeout = 2 * time.Second
+	r.start()
+	t.Cleanup(r.end)
+	return r
+}
+
+// end stops the agent and all machines.
+func (r *rig) end() {
+	r.stop()
+	for _, m := range r.w.drv.ms {
+		if m.guest != nil {
+			m.guest.die()
+		}
+	}
 }
 
 // rngReader is safe for use by many goroutines, as crypto/rand is.
@@ -56,7 +79,7 @@ func (r *rig) start() {
 		level = slog.LevelDebug
 	}
 	a, err := New(Options{StateDir: r.dir, HostName: "test", Driver: r.w.drv, Metal: r.w.rt, Images: r.w.imgs, Volumes: r.w.vols, Network: r.w.net,
-		Guest: Guest{Version: "g1"}, Connect: fakeConnect, Rand: &rngReader{c: rand.NewChaCha8([32]byte{byte(time.Now().UnixNano())})},
+		Guest: Guest{Version: "g1"}, Tuning: r.tuning, Connect: fakeConnect, Rand: &rngReader{c: rand.NewChaCha8([32]byte{byte(time.Now().UnixNano())})},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))})
 	if err != nil {
 		r.t.Fatal(err)
@@ -66,7 +89,7 @@ func (r *rig) start() {
 	r.w.gmu.Unlock()
 	r.a, r.cancel, r.done = a, cancel, make(chan error, 1)
 	go func() { r.done <- a.Run(ctx, nil, "") }()
-	synctest.Wait()
+	r.idle()
 }
 
 func (r *rig) stop() {
@@ -75,7 +98,7 @@ func (r *rig) stop() {
 	if err := <-r.done; err != nil {
 		r.t.Fatal(err)
 	}
-	synctest.Wait()
+	r.idle()
 }
 
 func (r *rig) apply() {
@@ -84,7 +107,7 @@ func (r *rig) apply() {
 	if _, err := r.a.apply(proto.Clone(r.spec).(*v1.HostSpec)); err != nil {
 		r.t.Fatal(err)
 	}
-	synctest.Wait()
+	r.idle()
 }
 
 func (r *rig) status(id string) *v1.ContainerStatus {
@@ -101,7 +124,7 @@ func (r *rig) machineStatus(id string) *v1.MachineStatus {
 
 // peek looks at the world while nobody changes it.
 func (r *rig) peek(ok func() bool) bool {
-	synctest.Wait()
+	r.idle()
 	w := r.w
 	for _, mu := range []*sync.Mutex{&w.drv.mu, &w.rt.mu, &w.imgs.mu, &w.vols.mu, &w.net.mu} {
 		mu.Lock()
@@ -177,12 +200,7 @@ func rigged(t *testing.T, fn func(*rig)) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		fn(r)
-		r.stop()
-		for _, m := range r.w.drv.ms {
-			if m.guest != nil {
-				m.guest.die()
-			}
-		}
+		r.end()
 	})
 }
 

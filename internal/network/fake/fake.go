@@ -9,12 +9,15 @@ package fake
 
 import (
 	"context"
+	"fmt"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 
 	"tandem/internal/network"
 	"tandem/internal/network/endpoint"
+	"tandem/internal/network/hostnet"
 )
 
 // Network records states. Its methods may be called from any goroutine.
@@ -31,14 +34,20 @@ var _ network.Network = (*Network)(nil)
 // New returns a network that nothing was applied to.
 func New() *Network { return &Network{changed: make(chan struct{})} }
 
-// Apply implements network.Network: it keeps a deep copy of s. A state that fails
-// is not kept.
+// Apply implements network.Network: it keeps a deep copy of s. A state that the
+// real one would not take is refused, and one that fails is not kept.
 func (n *Network) Apply(ctx context.Context, s *network.State) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := hostnet.Check(s); err != nil {
+		return err
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.closed {
+		return fmt.Errorf("the host's network is closed: %w", errdefs.ErrFailedPrecondition)
+	}
 	if n.err != nil {
 		return n.err
 	}

@@ -2,6 +2,7 @@ package hostnet_test
 
 import (
 	"errors"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"tandem/internal/network"
 	"tandem/internal/network/hostnet"
 	"tandem/internal/network/internal/bed"
+	"tandem/internal/network/networktest"
 )
 
 func TestARestartDisturbsNobody(t *testing.T) {
@@ -154,33 +156,14 @@ func TestAnotherProgramTouchesTheRules(t *testing.T) {
 }
 
 func TestInvalidStatesChangeNothing(t *testing.T) {
-	w := newWorld(t)
-	before := nft(t, "list", "ruleset")
-	for name, change := range map[string]func(*network.State){
-		"cidr":          func(s *network.State) { s.Networks[0].Cidr = "10.64.0.1/24" },
-		"ipv6":          func(s *network.State) { s.Networks[0].Cidr = "fd00::/64" },
-		"huge":          func(s *network.State) { s.Networks[0].Cidr = "0.0.0.0/0" },
-		"link-local":    func(s *network.State) { s.Networks[0].Cidr = "169.254.0.0/16" },
-		"overlap":       func(s *network.State) { s.Networks[0].Cidr = "10.64.0.0/15" },
-		"twice":         func(s *network.State) { s.Networks[0].Id = "nb" },
-		"mtu":           func(s *network.State) { s.Networks[0].Mtu = 1 << 30 },
-		"mac":           func(s *network.State) { s.Machines[0].MAC = "01:00:00:00:00:01" },
-		"gateway's mac": func(s *network.State) { s.Machines[0].MAC = "ee:ee:ee:ee:ee:ee" },
-		"machine twice": func(s *network.State) { s.Machines[1].ID = s.Machines[0].ID },
-		"prefix":        func(s *network.State) { s.Machines[0].Prefixes = []string{"x"} },
-		"prefix twice":  func(s *network.State) { s.Machines[0].Prefixes = s.Machines[1].Prefixes },
-		"container":     func(s *network.State) { s.Containers = []network.MetalContainer{{ID: "c", IP: "127.0.0.1"}} },
-		"another's":     func(s *network.State) { s.Containers = []network.MetalContainer{{ID: "c", IP: "10.64.0.5"}} },
-	} {
-		s := &network.State{Machines: append([]network.Machine(nil), w.state.Machines...), Names: w.state.Names}
-		for _, n := range w.state.Networks {
-			s.Networks = append(s.Networks, &v1.NetworkSpec{Id: n.Id, Project: n.Project, Cidr: n.Cidr, Internal: n.Internal})
-		}
-		change(s)
-		if err := w.h.Apply(ctx, s); !errors.Is(err, errdefs.ErrInvalidArgument) {
-			t.Errorf("%s: %v", name, err)
-		}
+	clean(t)
+	h := open(t, hostnet.Options{Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	var d *network.Degraded
+	if err := h.Apply(ctx, networktest.State()); err != nil && !errors.As(err, &d) {
+		t.Fatal(err)
 	}
+	before := nft(t, "list", "ruleset")
+	networktest.Invalid(t, h)
 	if after := nft(t, "list", "ruleset"); after != before {
 		t.Errorf("rules changed:\n%s", after)
 	}

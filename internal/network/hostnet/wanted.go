@@ -76,6 +76,13 @@ func invalid(format string, a ...any) error {
 	return fmt.Errorf("%s: %w", fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
 }
 
+// Check says whether Apply would take a state: InvalidArgument tells why not.
+func Check(s *network.State) error {
+	h := &Host{o: Options{Prefix: endpoint.DefaultPrefix, MTU: endpoint.DefaultMTU}}
+	_, _, err := h.parse(s)
+	return err
+}
+
 // parse checks a state. skipped joins what is wrong with single ports and names:
 // users choose them, so that one must not stop the others.
 func (h *Host) parse(s *network.State) (w *wanted, skipped, err error) {
