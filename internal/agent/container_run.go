@@ -33,6 +33,10 @@ func (c *container) look(want *v1.ContainerAssignment, o observation) {
 	case state == v1.ContainerState_CONTAINER_STATE_RUNNING || state == v1.ContainerState_CONTAINER_STATE_PAUSED:
 		r.Boot = o.sess.boot
 		c.startedIn, c.unsure = o.sess, false
+		if at := st.GetStartedAt(); at.IsValid() && !at.AsTime().Equal(r.StartedAt) {
+			r.StartedAt = at.AsTime() // the runtime's word, for times when it can't be asked
+			c.save()
+		}
 	case r.Boot != o.sess.boot:
 		c.lost("its machine was started again")
 	case st == nil:
