@@ -173,6 +173,16 @@ func (a *app) start() *cobra.Command {
 	}
 }
 
+// named is the server and the one container that a user names.
+func (a *app) named(ctx context.Context, name string) (*client, string, error) {
+	id, err := a.findOne(ctx, name)
+	if err != nil {
+		return nil, "", err
+	}
+	api, err := a.api()
+	return api, id, err
+}
+
 func (a *app) prepare(ctx context.Context, args []string) (*client, *v1.Selector, error) {
 	api, err := a.api()
 	if err != nil {

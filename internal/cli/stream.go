@@ -192,11 +192,7 @@ func (a *app) exec() *cobra.Command {
 		Short: "Run a command in a running container",
 		Args:  cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := a.findOne(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			api, err := a.api()
+			api, id, err := a.named(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}

@@ -58,11 +58,7 @@ func (a *app) explain() *cobra.Command {
 	return &cobra.Command{
 		Use: "explain CONTAINER", Short: "Why a container runs where it runs", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := a.findOne(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			api, err := a.api()
+			api, id, err := a.named(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -299,11 +295,7 @@ func (a *app) top() *cobra.Command {
 	return &cobra.Command{
 		Use: "top CONTAINER|SERVICE", Short: "Processes of a container", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := a.findOne(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			api, err := a.api()
+			api, id, err := a.named(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}

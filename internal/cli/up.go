@@ -50,6 +50,19 @@ func (a *app) projectName(ctx context.Context) (string, error) {
 	return p.Request.GetProject(), nil
 }
 
+// ofProject is the server and the project that a command without a service is for.
+func (a *app) ofProject(ctx context.Context) (*client, string, error) {
+	api, err := a.api()
+	if err != nil {
+		return nil, "", err
+	}
+	name, err := a.projectName(ctx)
+	if err == nil && name == "" {
+		err = usageError("no Compose file here: name the project with -p, or the file with -f")
+	}
+	return api, name, err
+}
+
 func (a *app) up() *cobra.Command {
 	var (
 		plan, detach, orphans, force, noRecreate, detailed, noStart bool
@@ -204,16 +217,9 @@ func (a *app) down() *cobra.Command {
 the project's networks. Of a project that is not there, nothing is left to do.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			api, err := a.api()
+			api, name, err := a.ofProject(cmd.Context())
 			if err != nil {
 				return err
-			}
-			name, err := a.projectName(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if name == "" {
-				return usageError("no Compose file here: name the project with -p, or the file with -f")
 			}
 			req := &v1.RemoveProjectRequest{Project: name, Volumes: volumes, Wait: true}
 			if cmd.Flags().Changed("timeout") {
@@ -255,16 +261,9 @@ func (a *app) scale() *cobra.Command {
 		Short: "Change how many containers a service has",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			api, err := a.api()
+			api, name, err := a.ofProject(cmd.Context())
 			if err != nil {
 				return err
-			}
-			name, err := a.projectName(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if name == "" {
-				return usageError("no Compose file here: name the project with -p")
 			}
 			req := &v1.ScaleRequest{Project: name, Replicas: map[string]int32{}, Wait: !detach}
 			for _, s := range args {
