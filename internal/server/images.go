@@ -161,18 +161,7 @@ func (k *images) Load(ctx context.Context, in *connect.BidiStream[v1.ImageChunk,
 		}
 	}()
 	defer st.CloseResponse()
-	for {
-		m, err := st.Receive()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := in.Send(m); err != nil {
-			return err
-		}
-	}
+	return relay(st, in)
 }
 
 // Save implements ImageService: from the host named, or the first that has all.

@@ -101,15 +101,20 @@ func proxy(ctx context.Context, in *bidiIn, open func(context.Context) *bidiOut,
 		}
 	}()
 	defer out.CloseResponse()
+	return relay(out, in)
+}
+
+// relay hands messages on until there are no more.
+func relay[M any](from interface{ Receive() (*M, error) }, to interface{ Send(*M) error }) error {
 	for {
-		m, err := out.Receive()
+		m, err := from.Receive()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		if err := in.Send(m); err != nil {
+		if err := to.Send(m); err != nil {
 			return err
 		}
 	}
