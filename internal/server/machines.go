@@ -264,7 +264,7 @@ func (k *machines) Console(ctx context.Context, in *bidiIn) error {
 		return err
 	}
 	return proxy(ctx, in, func(ctx context.Context) *bidiOut { return agent.Console(ctx) },
-		&v1.StreamInput{Kind: &v1.StreamInput_Console{Console: &v1.ConsoleSpec{MachineId: m.Meta.Id}}})
+		&v1.StreamInput{Kind: &v1.StreamInput_Console{Console: &v1.ConsoleSpec{MachineId: m.Meta.Id}}}, nil)
 }
 
 // hasSize says that a machine has what is wanted: the memory, and at least the CPUs,
