@@ -200,6 +200,15 @@ func (m *machine) reconcile(ctx, soft context.Context, want *v1.MachineAssignmen
 	m.hung, m.panicked = false, false
 	m.mu.Unlock()
 
+	if running && st.State == hypervisor.Paused && st.Message != "" && !want.Stopped {
+		// It waits for its disk, and no keep-alive is answered meanwhile: ending it
+		// would lose what runs in it.
+		m.mu.Lock()
+		m.misses = 0
+		m.mu.Unlock()
+		m.alive, m.state = true, v1.MachineState_MACHINE_STATE_UNREACHABLE
+		return m.a.o.Tuning.RetryDelay, waiting("its disk: " + cut(st.Message, 512))
+	}
 	if running && (hung || panicked) {
 		why := "its guest did not answer"
 		if panicked {

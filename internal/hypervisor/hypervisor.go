@@ -98,7 +98,7 @@ type Status struct {
 	Accelerator string // "kvm" or "tcg"
 	Disks       []Disk // attached now
 	NICs        []NIC
-	Message     string // why it crashed, with the VMM's last words
+	Message     string // why it crashed, with the VMM's last words; or what a paused one waits for
 }
 
 // EventKind says what happened to a machine.
@@ -110,6 +110,7 @@ const (
 	EventExited  EventKind = "exited"  // VMM gone; Status tells stopped or crashed
 	EventPanic   EventKind = "panic"   // guest kernel panic
 	EventReset   EventKind = "reset"   // guest rebooted
+	EventHeld    EventKind = "held"    // paused by itself: its disk can't be written, see Status; it goes on by itself
 	EventChannel EventKind = "channel" // the guest opened or closed its agent port: a hint only
 )
 

@@ -192,6 +192,11 @@ func (m *machine) look(ctx context.Context, q *qmp.Client) error {
 	}
 	m.mu.Lock()
 	m.paused = st.Status != "running"
+	if st.Status != "io-error" {
+		m.held = ""
+	} else if m.held == "" {
+		m.held = holdReason("", false, "")
+	}
 	m.size = size
 	m.mu.Unlock()
 	return m.reconcileDevices(ctx, q)

@@ -29,6 +29,7 @@ type machine struct {
 	run     run
 	size    hypervisor.Size
 	paused  bool
+	held    string        // why QEMU paused it by itself; see hold.go
 	proc    *handle       // nil: no VMM
 	exited  chan struct{} // closed when the end of proc has been dealt with
 	monitor *qmp.Client   // nil while there is no connection
@@ -139,7 +140,7 @@ func (m *machine) status() hypervisor.Status {
 	}
 	st.State = hypervisor.Running
 	if m.paused {
-		st.State = hypervisor.Paused
+		st.State, st.Message = hypervisor.Paused, m.held
 	}
 	st.Size, st.PID, st.StartedAt = m.size, m.run.Process.PID, m.run.StartedAt
 	st.Template, st.Accelerator = m.run.Template, m.run.Accelerator

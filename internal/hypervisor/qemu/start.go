@@ -128,7 +128,7 @@ func (m *machine) start(ctx context.Context, o hypervisor.StartOptions, tmpl *se
 		return err
 	}
 	m.mu.Lock()
-	m.proc, m.exited, m.size, m.paused = h, make(chan struct{}), size, false
+	m.proc, m.exited, m.size, m.paused, m.held = h, make(chan struct{}), size, false, ""
 	m.mu.Unlock()
 
 	// Nothing below may wait for a VMM that is gone.

@@ -27,6 +27,8 @@ func (m *machine) supervise(sub *qmp.Subscription) {
 	go func() {
 		defer m.d.wg.Done()
 		var end ending
+		retry := time.NewTicker(holdRetry)
+		defer retry.Stop()
 		for {
 			var events <-chan qmp.Event
 			if sub != nil {
@@ -35,6 +37,8 @@ func (m *machine) supervise(sub *qmp.Subscription) {
 			select {
 			case <-m.d.closed:
 				return
+			case <-retry.C:
+				m.retryHeld()
 			case <-h.exit:
 				m.drain(sub, &end)
 				m.finish(h, exited, end)
@@ -98,10 +102,16 @@ func (m *machine) heard(e qmp.Event, end *ending) {
 		publish(hypervisor.EventReset, "")
 	case "VSERPORT_CHANGE":
 		publish(hypervisor.EventChannel, "")
+	case "BLOCK_IO_ERROR":
+		m.ioError(e)
 	case "STOP", "RESUME":
 		m.mu.Lock()
 		m.paused = e.Name == "STOP"
+		held := m.held != ""
 		m.mu.Unlock()
+		if held && e.Name == "STOP" {
+			publish(hypervisor.EventHeld, "")
+		}
 	case "MEMORY_DEVICE_SIZE_CHANGE":
 		var data struct {
 			ID   string `json:"id"`
@@ -190,7 +200,7 @@ func (m *machine) finish(h *handle, exited chan struct{}, end ending) {
 	if m.proc == h {
 		m.proc = nil
 	}
-	m.size, m.paused = hypervisor.Size{}, false
+	m.size, m.paused, m.held = hypervisor.Size{}, false, ""
 	m.exited = nil
 	m.mu.Unlock()
 	h.close()
