@@ -25,13 +25,15 @@ import (
 //
 //	host-id            this host's id, random, made once
 //	lock               held by the one agent that owns the directory
+//	ballast            space for the records below when the disk is full
 //	cluster-id         the cluster this host belongs to: the first seen
 //	spec.pb            the HostSpec last accepted
 //	containers/ID.json what was done for a container
 //	machines/ID.json   what was done for a machine
 type stateDir struct {
-	dir  string
-	lock *os.File
+	dir     string
+	lock    *os.File
+	ballast *ballast
 }
 
 var validID = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
@@ -52,6 +54,7 @@ func openState(dir string) (*stateDir, error) {
 		return nil, fmt.Errorf("another agent uses %s (stop it, or give this one its own --state-dir): %w", dir, errdefs.ErrFailedPrecondition)
 	}
 	s.lock = f
+	s.ballast = openBallast(s.path("ballast"))
 	return s, nil
 }
 
@@ -67,7 +70,8 @@ func (s *stateDir) write(name string, data []byte, sync bool) error {
 	if sync {
 		replace = files.ReplaceDurably
 	}
-	if err := replace(s.path(name), data, 0o600); err != nil {
+	s.ballast.fill()
+	if err := s.ballast.write(func() error { return replace(s.path(name), data, 0o600) }); err != nil {
 		return fmt.Errorf("agent's state: write %s: %w", name, err)
 	}
 	return nil
