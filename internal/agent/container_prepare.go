@@ -128,11 +128,11 @@ func (c *container) prepare(ctx context.Context, want *v1.ContainerAssignment) e
 			disks = append(disks, d)
 		}
 	}
-	netSpec, err := c.a.networkSpec(want.Network)
+	nets, err := c.a.networkSpecs(want)
 	if err != nil {
 		return err
 	}
-	spec, err := runtimeSpec(want, img.Config, names, vols, netSpec)
+	spec, err := runtimeSpec(want, img.Config, names, vols, nets)
 	if err != nil {
 		return err
 	}

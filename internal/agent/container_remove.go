@@ -123,6 +123,11 @@ func (c *container) publish(want *v1.ContainerAssignment) {
 		Id: c.id, Message: c.message, RestartCount: r.Restarts, ImageId: r.Image, HostId: c.a.hostID, MachineId: r.Machine,
 		Ip: want.GetIp(), Attachable: c.attachable, ObservedGeneration: r.Generation, ObservedRestartGeneration: r.RestartGen,
 	}
+	if list := want.GetAddresses(); len(list) > 1 {
+		for _, x := range list {
+			st.Ips = append(st.Ips, x.Ip)
+		}
+	}
 	if !r.CreatedAt.IsZero() {
 		st.CreatedAt = timestamppb.New(r.CreatedAt)
 	}

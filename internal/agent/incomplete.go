@@ -47,6 +47,9 @@ func complement(spec, old *v1.HostSpec) {
 		if !ids["c "+c.Id] {
 			spec.Containers = append(spec.Containers, c)
 			kept[c.Id], addresses[c.Ip] = true, c.Ip != ""
+			for _, x := range c.Addresses {
+				addresses[x.Ip] = true
+			}
 		}
 	}
 	keepPorts(spec, old, kept)

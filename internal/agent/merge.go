@@ -125,7 +125,7 @@ func volumesOf(a *v1.ContainerAssignment, img *v1.ImageConfig) ([]volumeUse, err
 
 // runtimeSpec merges what the image says, what the user wants and what was
 // prepared into what a runtime runs. The rules are Docker's.
-func runtimeSpec(a *v1.ContainerAssignment, img *v1.ImageConfig, layers []string, vols []volumeUse, netSpec *v1.NetworkSpec) (*v1.RuntimeSpec, error) {
+func runtimeSpec(a *v1.ContainerAssignment, img *v1.ImageConfig, layers []string, vols []volumeUse, nets []*v1.NetworkSpec) (*v1.RuntimeSpec, error) {
 	s := a.Spec
 	metal := a.MachineId == ""
 	if img == nil {
@@ -181,12 +181,13 @@ func runtimeSpec(a *v1.ContainerAssignment, img *v1.ImageConfig, layers []string
 			ReadOnly: v.ReadOnly, CopyUp: !v.ReadOnly})
 	}
 	var err error
-	out.Network, err = runtimeNetwork(a, netSpec, metal)
+	out.Network, err = runtimeNetwork(a, nets, metal)
 	return out, err
 }
 
-func runtimeNetwork(a *v1.ContainerAssignment, netSpec *v1.NetworkSpec, metal bool) (*v1.RuntimeNetwork, error) {
-	n := &v1.RuntimeNetwork{Mode: "routed", Gateway: network.Gateway, Mtu: netSpec.GetMtu(), DnsServers: a.Spec.Dns, DnsSearch: a.Spec.DnsSearch}
+// runtimeNetwork is the network of a container; nets are those of its addresses.
+func runtimeNetwork(a *v1.ContainerAssignment, nets []*v1.NetworkSpec, metal bool) (*v1.RuntimeNetwork, error) {
+	n := &v1.RuntimeNetwork{Mode: "routed", Gateway: network.Gateway, DnsServers: a.Spec.Dns, DnsSearch: a.Spec.DnsSearch}
 	if len(n.DnsServers) == 0 {
 		n.DnsServers = []string{network.Gateway}
 		n.DnsOptions = []string{"ndots:0"}
@@ -204,6 +205,18 @@ func runtimeNetwork(a *v1.ContainerAssignment, netSpec *v1.NetworkSpec, metal bo
 			return &v1.RuntimeNetwork{Mode: "none"}, nil
 		}
 		n.Address = a.Ip + "/32"
+		ips := append([]string{a.Ip}, further(a)...)
+		for i, s := range nets[:min(len(nets), len(ips))] {
+			n.Addresses = append(n.Addresses, &v1.RuntimeAddress{Address: ips[i] + "/32", Network: s.Cidr})
+			// One interface carries all: what passes in the smallest passes in each.
+			if s.Mtu != 0 && (n.Mtu == 0 || s.Mtu < n.Mtu) {
+				n.Mtu = s.Mtu
+			}
+			// From an internal network there is no way out.
+			if n.Source == "" && !s.Internal {
+				n.Source = ips[i]
+			}
+		}
 		return n, nil
 	default:
 		return nil, fmt.Errorf("network_mode %q is unknown (\"\", none or host): %w", mode, errdefs.ErrInvalidArgument)

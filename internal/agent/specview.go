@@ -32,23 +32,48 @@ func (a *Agent) networkState() *network.State {
 	}
 	for _, c := range a.spec.GetContainers() {
 		if c.MachineId == "" && c.Ip != "" && c.Spec.GetNetworkMode() != "host" && c.Spec.GetNetworkMode() != "none" {
-			s.Containers = append(s.Containers, network.MetalContainer{ID: c.Id, IP: c.Ip})
+			s.Containers = append(s.Containers, network.MetalContainer{ID: c.Id, IP: c.Ip, Further: further(c)})
+		}
+		if f := further(c); len(f) > 0 {
+			s.Clients = append(s.Clients, append([]string{c.Ip}, f...))
 		}
 	}
 	return s
 }
 
-// networkSpec finds a network by id.
-func (a *Agent) networkSpec(id string) (*v1.NetworkSpec, error) {
-	if id == "" {
-		return nil, nil
-	}
-	for _, n := range a.current().GetNetworks() {
-		if n.Id == id {
-			return n, nil
+// further are the addresses of a container beside its first.
+func further(c *v1.ContainerAssignment) (ips []string) {
+	for i, x := range c.GetAddresses() {
+		if i > 0 && x.Ip != "" {
+			ips = append(ips, x.Ip)
 		}
 	}
-	return nil, fmt.Errorf("network %s is not known on this host: %w", id, errdefs.ErrNotFound)
+	return ips
+}
+
+// networkSpecs finds a container's networks, in the order of its addresses.
+func (a *Agent) networkSpecs(c *v1.ContainerAssignment) ([]*v1.NetworkSpec, error) {
+	ids := []string{c.Network}
+	if c.Network == "" {
+		ids = nil
+	}
+	for i, x := range c.Addresses {
+		if i > 0 {
+			ids = append(ids, x.NetworkId)
+		}
+	}
+	var out []*v1.NetworkSpec
+next:
+	for _, id := range ids {
+		for _, n := range a.current().GetNetworks() {
+			if n.Id == id {
+				out = append(out, n)
+				continue next
+			}
+		}
+		return nil, fmt.Errorf("network %s is not known on this host: %w", id, errdefs.ErrNotFound)
+	}
+	return out, nil
 }
 
 // mtu is the smallest of the host's networks: a machine's one NIC carries all.

@@ -99,7 +99,7 @@ func (a *app) ps() *cobra.Command {
 			var rows [][]string
 			for _, x := range list {
 				rows = append(rows, []string{x.GetMeta().GetName(), x.GetSpec().GetImage(), statusText(x, now),
-					where.of(x), x.GetAssignment().GetIp(), portsText(x.GetAssignment().GetPorts())})
+					where.of(x), addressText(x.GetAssignment()), portsText(x.GetAssignment().GetPorts())})
 			}
 			return a.table("NAME|IMAGE|STATUS|MACHINE|ADDRESS|PORTS", rows)
 		},
@@ -331,4 +331,16 @@ func (a *app) inspect() *cobra.Command {
 			return printAll(a, list)
 		},
 	}
+}
+
+// addressText is all addresses of a container.
+func addressText(a *v1.Assignment) string {
+	if len(a.GetAddresses()) == 0 {
+		return a.GetIp()
+	}
+	var ips []string
+	for _, x := range a.Addresses {
+		ips = append(ips, x.Ip)
+	}
+	return strings.Join(ips, ", ")
 }

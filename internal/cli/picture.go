@@ -81,7 +81,7 @@ func tree(hosts []*v1.Host, machines []*v1.Machine, containers []*v1.Container, 
 	}
 	for _, c := range containers {
 		as := c.GetAssignment()
-		n := newNode("container", c.GetMeta().GetName(), fmt.Sprintf("%s  %s  %s  %s", c.GetSpec().GetImage(), as.GetIp(), statusText(c, now), portsText(as.GetPorts())))
+		n := newNode("container", c.GetMeta().GetName(), fmt.Sprintf("%s  %s  %s  %s", c.GetSpec().GetImage(), addressText(as), statusText(c, now), portsText(as.GetPorts())))
 		switch {
 		case as.GetMachineId() != "" && byMachine[as.GetMachineId()] != nil:
 			p := byMachine[as.GetMachineId()]

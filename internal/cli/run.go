@@ -67,7 +67,7 @@ func (a *app) run() *cobra.Command {
 	f.StringVar(&r.pull, "pull", "missing", "missing, always, never")
 	f.StringVar(&r.stopSignal, "stop-signal", "", "signal that ends it")
 	f.IntVar(&r.stopTimeout, "stop-timeout", 10, "seconds before it is killed")
-	f.StringVar(&r.network, "network", "", "none, host (metal only) or a network of the project")
+	f.StringArrayVar(&r.network, "network", nil, "none, host (metal only) or a network of the project; several, the first first")
 	f.StringVar(&r.shm, "shm-size", "", "size of /dev/shm")
 	f.StringVar(&r.platform, "platform", "", "os/arch of the image")
 	f.StringVar(&r.healthCmd, "health-cmd", "", "command that tells its health")

@@ -16,15 +16,15 @@ import (
 
 // runFlags are docker run's, as far as Tandem has them.
 type runFlags struct {
-	name, user, workdir, hostname, entrypoint, memory, cpus, restart, isolation, class, pull, stopSignal, network, shm, platform, memoryReservation string
-	env, envFile, publish, volume, label, capAdd, capDrop, securityOpt, ulimit, tmpfs, device, addHost, dns, dnsSearch, sysctl, groupAdd            []string
-	detach, rm, tty, interactive, readOnly, privileged, init                                                                                        bool
-	pids, cpuShares                                                                                                                                 int64
-	stopTimeout                                                                                                                                     int
-	healthCmd                                                                                                                                       string
-	healthInterval, healthTimeout, healthStart                                                                                                      time.Duration
-	healthRetries                                                                                                                                   int32
-	noHealth                                                                                                                                        bool
+	name, user, workdir, hostname, entrypoint, memory, cpus, restart, isolation, class, pull, stopSignal, shm, platform, memoryReservation        string
+	env, envFile, publish, volume, label, capAdd, capDrop, securityOpt, ulimit, tmpfs, device, addHost, dns, dnsSearch, sysctl, groupAdd, network []string
+	detach, rm, tty, interactive, readOnly, privileged, init                                                                                      bool
+	pids, cpuShares                                                                                                                               int64
+	stopTimeout                                                                                                                                   int
+	healthCmd                                                                                                                                     string
+	healthInterval, healthTimeout, healthStart                                                                                                    time.Duration
+	healthRetries                                                                                                                                 int32
+	noHealth                                                                                                                                      bool
 }
 
 // spec turns flags and arguments into a container's wishes.
@@ -63,12 +63,15 @@ func (r *runFlags) spec(args []string) (*v1.ContainerSpec, error) {
 	if s.Isolation, s.WorkClass, err = parseWhere(r.isolation, r.class); err != nil {
 		return nil, err
 	}
-	switch r.network {
-	case "none", "host":
-		s.NetworkMode = r.network
-	case "":
-	default:
-		s.Networks = []*v1.NetworkAttachment{{Network: r.network}}
+	for _, n := range r.network {
+		switch {
+		case n != "none" && n != "host":
+			s.Networks = append(s.Networks, &v1.NetworkAttachment{Network: n})
+		case len(r.network) > 1:
+			return nil, usageError("--network %s goes with no other network", n)
+		default:
+			s.NetworkMode = n
+		}
 	}
 	if s.Restart, err = parseRestart(r.restart); err != nil {
 		return nil, err

@@ -1,7 +1,9 @@
 package compose
 
 import (
+	"cmp"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -34,12 +36,7 @@ func (c *converter) attach(a at, s *types.ServiceConfig, t *v1.ContainerSpec, re
 	if s.NetworkMode != "" {
 		return
 	}
-	names := s.NetworksByPriority()
-	if len(names) > 1 {
-		a.in("networks").bad("attaching to several networks is not supported yet; keep one of %s", strings.Join(sortedKeys(s.Networks), ", "))
-		return
-	}
-	for _, name := range names {
+	for _, name := range networkOrder(s.Networks) {
 		n := &v1.NetworkAttachment{Network: name}
 		if cfg, b := s.Networks[name], a.in("networks."+name); cfg != nil {
 			n.Aliases = cfg.Aliases
@@ -57,6 +54,23 @@ func (c *converter) attach(a at, s *types.ServiceConfig, t *v1.ContainerSpec, re
 		}
 		t.Networks = append(t.Networks, n)
 	}
+}
+
+// networkOrder sorts the networks of a service: by gw_priority, then by priority, the
+// highest first, then by name. Compose files have no order of their own here.
+func networkOrder(nets map[string]*types.ServiceNetworkConfig) []string {
+	names := sortedKeys(nets)
+	slices.SortStableFunc(names, func(x, y string) int {
+		a, b := nets[x], nets[y]
+		if a == nil {
+			a = &types.ServiceNetworkConfig{}
+		}
+		if b == nil {
+			b = &types.ServiceNetworkConfig{}
+		}
+		return cmp.Or(cmp.Compare(b.GatewayPriority, a.GatewayPriority), cmp.Compare(b.Priority, a.Priority))
+	})
+	return names
 }
 
 func (c *converter) network(a at, name string, n *types.NetworkConfig) *v1.NetworkRequest {

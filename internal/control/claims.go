@@ -87,10 +87,10 @@ func (h *Hosts) strangers(snap *store.Snapshot, known map[string]bool) (addresse
 			complete = false
 		}
 	}
-	for _, ips := range h.addresses {
-		for id, ip := range ips {
+	for _, of := range h.addresses {
+		for id, ips := range of {
 			if !known[id] {
-				addresses = append(addresses, ip)
+				addresses = append(addresses, ips...)
 			}
 		}
 	}
@@ -110,12 +110,14 @@ func (h *Hosts) reported(hostID string, in *v1.HostStatus) {
 	defer h.mu.Unlock()
 	m := h.addresses[hostID]
 	if m == nil || in.Full {
-		m = map[string]string{}
+		m = map[string][]string{}
 		h.addresses[hostID] = m
 	}
 	for _, x := range in.Containers {
-		if x.Ip != "" {
-			m[x.Id] = x.Ip
+		if len(x.Ips) > 0 {
+			m[x.Id] = x.Ips
+		} else if x.Ip != "" {
+			m[x.Id] = []string{x.Ip}
 		}
 	}
 	for _, id := range in.RemovedContainers {

@@ -36,8 +36,8 @@ type Hosts struct {
 	// usage is what changes all the time: kept here, not in the store.
 	machines map[string]*v1.MachineStatus
 	volumes  map[string]*v1.VolumeStatus
-	// addresses are what a host's containers have: host id -> container id -> address.
-	addresses map[string]map[string]string
+	// addresses are what a host's containers have: host id -> container id -> its addresses.
+	addresses map[string]map[string][]string
 }
 
 type step struct {
@@ -47,7 +47,7 @@ type step struct {
 
 func newHosts(c *Controller) *Hosts {
 	return &Hosts{c: c, sessions: map[string]*session{}, progress: map[string]*v1.Progress{}, moved: make(chan struct{}), joined: make(chan struct{}), since: c.clock.Now(),
-		machines: map[string]*v1.MachineStatus{}, volumes: map[string]*v1.VolumeStatus{}, addresses: map[string]map[string]string{}}
+		machines: map[string]*v1.MachineStatus{}, volumes: map[string]*v1.VolumeStatus{}, addresses: map[string]map[string][]string{}}
 }
 
 // session is one agent's connection.

@@ -52,10 +52,12 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 		if a.GetHostId() != hostID || c.Meta.Deleting || (a.MachineId != "" && !machines[a.MachineId]) {
 			continue
 		}
-		used[a.NetworkId] = true
+		for _, x := range addresses(c) {
+			used[x.NetworkId] = true
+		}
 		x := &v1.ContainerAssignment{
 			Id: c.Meta.Id, Name: c.Meta.Name, Project: c.Meta.Project, Service: c.Service, MachineId: a.MachineId, Spec: c.Spec,
-			Ip: a.Ip, Network: a.NetworkId, Stopped: c.Stopped, Paused: c.Paused, Generation: c.Meta.Generation,
+			Ip: a.Ip, Network: a.NetworkId, Addresses: a.Addresses, Stopped: c.Stopped, Paused: c.Paused, Generation: c.Meta.Generation,
 			RestartGeneration: c.RestartGeneration, StopTimeout: c.StopTimeout,
 			Hold: !c.Stopped && waitsFor(c, services, groups) != "",
 		}
@@ -96,12 +98,12 @@ func networkIDs(ns []*v1.Network) map[string]string {
 }
 
 // bridged lets networks of a project talk to each other when a container is in
-// both: it has one address, in the first.
+// both and has one address only, in the first: older versions placed it.
 func bridged(cs []*v1.Container, ids map[string]string) map[string][]string {
 	pairs := map[[2]string]bool{}
 	for _, c := range cs {
 		at := attachments(c)
-		if len(at) < 2 || c.Meta.Deleting {
+		if a := c.GetAssignment(); len(at) < 2 || c.Meta.Deleting || a.GetIp() == "" || len(a.Addresses) > 0 {
 			continue
 		}
 		for _, a := range at {

@@ -47,11 +47,15 @@ func newIPAM(containers []*v1.Container, machines []*v1.Machine, further ...stri
 	}
 	for _, c := range containers {
 		if id := c.GetAssignment().GetMachineId(); id != "" {
-			use(c.Assignment.Ip, id) // also if the machine is unknown: it is no metal block
+			for _, a := range addresses(c) {
+				use(a.Ip, id) // also if the machine is unknown: it is no metal block
+			}
 		}
 	}
 	for _, c := range containers {
-		use(c.GetAssignment().GetIp(), metalBlock)
+		for _, a := range addresses(c) {
+			use(a.Ip, metalBlock)
+		}
 	}
 	for _, ip := range further {
 		use(ip, "unknown") // a machine may own the whole block
@@ -127,6 +131,31 @@ func (p *ipam) pick(n *v1.Network, m *v1.Machine, fixed string) (string, error) 
 	}
 	a, _ := p.free(found)
 	return take(a, found), nil
+}
+
+// addresses are all that a container has, the first first. Records of older versions
+// name one only.
+func addresses(c *v1.Container) []*v1.NetworkAddress {
+	a := c.GetAssignment()
+	if len(a.GetAddresses()) > 0 || a.GetIp() == "" {
+		return a.GetAddresses()
+	}
+	return []*v1.NetworkAddress{{NetworkId: a.NetworkId, Ip: a.Ip}}
+}
+
+// addressIn is a container's address in a network, or "". A container that was
+// placed by an older version has one address for all its networks.
+func addressIn(c *v1.Container, networkID string) string {
+	a := c.GetAssignment()
+	if len(a.GetAddresses()) == 0 {
+		return a.GetIp()
+	}
+	for _, x := range a.Addresses {
+		if x.NetworkId == networkID {
+			return x.Ip
+		}
+	}
+	return ""
 }
 
 func (p *ipam) free(b netip.Prefix) (netip.Addr, bool) {

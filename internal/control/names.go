@@ -16,15 +16,15 @@ func nameRecords(cs []*v1.Container, networks map[string]string) []*v1.NameRecor
 	type addrs struct{ running, all []string }
 	m := map[key]*addrs{}
 	for _, c := range cs {
-		ip := c.GetAssignment().GetIp()
-		if ip == "" || c.Meta.Deleting || c.Stopped {
+		if c.Meta.Deleting || c.Stopped {
 			continue
 		}
 		state := c.GetStatus().GetState()
 		running := state == v1.ContainerState_CONTAINER_STATE_RUNNING || state == v1.ContainerState_CONTAINER_STATE_PAUSED
 		for _, n := range attachments(c) {
 			id := networks[c.Meta.Project+"/"+n]
-			if id == "" {
+			ip := addressIn(c, id)
+			if id == "" || ip == "" {
 				continue
 			}
 			names := []string{c.Meta.Name, c.Meta.Name + "." + c.Meta.Project, c.Meta.Id[:min(12, len(c.Meta.Id))]}

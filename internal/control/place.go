@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -181,41 +182,9 @@ func (w *placement) put(a planner.Action) {
 		}
 		x.Assignment.MachineId, x.Assignment.HostId = m.Meta.Id, m.HostId
 	}
-	if at := attachments(x); len(at) > 0 {
-		n := w.networks[x.Meta.Project+"/"+at[0]]
-		if n == nil {
-			w.unplaced(x.Meta.Id, &v1.Reason{Summary: "network " + at[0] + " is not there"}, "")
-			return
-		}
-		fixed := ""
-		if len(x.Spec.Networks) > 0 {
-			fixed = x.Spec.Networks[0].Ipv4
-		}
-		if m != nil {
-			before := len(m.Prefixes)
-			e := m
-			if w.changed[m.Meta.Id] == nil {
-				e = clone(m) // kept only when it gets a further block
-			}
-			ip, err := w.ipam.pick(n, e, fixed)
-			if err != nil {
-				w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
-				return
-			}
-			x.Assignment.Ip = ip
-			if len(e.Prefixes) > before {
-				k := w.edit(m.Meta.Id)
-				k.Prefixes = e.Prefixes
-			}
-		} else {
-			ip, err := w.ipam.pick(n, nil, fixed)
-			if err != nil {
-				w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
-				return
-			}
-			x.Assignment.Ip = ip
-		}
-		x.Assignment.NetworkId = n.Meta.Id
+	if err := w.address(x, m); err != nil {
+		w.unplaced(x.Meta.Id, &v1.Reason{Summary: err.Error()}, "")
+		return
 	}
 	x.Assignment.Ports = choosePorts(x.Spec.GetPorts(), w.ports)
 	for _, name := range NamedVolumes(x.Spec) {
@@ -232,15 +201,79 @@ func (w *placement) put(a planner.Action) {
 	}
 	x.Status.State, x.Status.Message = v1.ContainerState_CONTAINER_STATE_PENDING, ""
 	x.Status.HostId, x.Status.MachineId, x.Status.Ip = x.Assignment.HostId, x.Assignment.MachineId, x.Assignment.Ip
+	x.Status.Ips = further(x)
 	w.tx.Update(x)
 	where := w.hostName(x.Assignment.HostId) + " itself"
 	if m != nil {
 		where = m.Meta.Name
 	}
-	w.say(x.Meta.Name, "goes to "+where+", "+x.Assignment.Ip, reason)
+	w.say(x.Meta.Name, "goes to "+where+", "+strings.Join(ips(x.Assignment.Addresses), ", "), reason)
 	if m != nil && w.changed[m.Meta.Id] == nil && !w.checked[m.Meta.Id] {
 		w.checked[m.Meta.Id] = true
 	}
+}
+
+// address gives a container an address in each of its networks, in machine m (nil:
+// metal), or in none.
+func (w *placement) address(x *v1.Container, m *v1.Machine) error {
+	e, before := m, 0
+	if m != nil {
+		before = len(m.Prefixes)
+		if w.changed[m.Meta.Id] == nil {
+			e = clone(m) // kept only when it gets a further block
+		}
+	}
+	var got []*v1.NetworkAddress
+	for i, name := range attachments(x) {
+		n := w.networks[x.Meta.Project+"/"+name]
+		if n == nil {
+			w.release(got)
+			return fmt.Errorf("network %s is not there", name)
+		}
+		fixed := ""
+		if i < len(x.Spec.Networks) {
+			fixed = x.Spec.Networks[i].Ipv4
+		}
+		ip, err := w.ipam.pick(n, e, fixed)
+		if err != nil {
+			w.release(got)
+			return err
+		}
+		got = append(got, &v1.NetworkAddress{NetworkId: n.Meta.Id, Network: name, Ip: ip})
+	}
+	if m != nil && len(e.Prefixes) > before {
+		w.edit(m.Meta.Id).Prefixes = e.Prefixes
+	}
+	if len(got) > 0 {
+		x.Assignment.Ip, x.Assignment.NetworkId, x.Assignment.Addresses = got[0].Ip, got[0].NetworkId, got
+	}
+	return nil
+}
+
+// release takes addresses back that were picked for nothing. Their blocks stay with
+// the machine.
+func (w *placement) release(list []*v1.NetworkAddress) {
+	for _, a := range list {
+		if ip, err := netip.ParseAddr(a.Ip); err == nil {
+			delete(w.ipam.used, ip)
+		}
+	}
+}
+
+// further is all addresses of a container that has several.
+func further(x *v1.Container) []string {
+	if list := x.GetAssignment().GetAddresses(); len(list) > 1 {
+		return ips(list)
+	}
+	return nil
+}
+
+func ips(list []*v1.NetworkAddress) []string {
+	out := make([]string, 0, len(list))
+	for _, a := range list {
+		out = append(out, a.Ip)
+	}
+	return out
 }
 
 func (w *placement) say(whom, what string, r *v1.Reason) {

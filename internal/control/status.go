@@ -221,7 +221,7 @@ func (s *session) store(ctx context.Context, p *v1.HostStatus) error {
 			continue // not ours, or no longer here
 		}
 		st = clone(st)
-		st.HostId, st.MachineId, st.Ip = s.hostID, x.Assignment.MachineId, x.Assignment.Ip
+		st.HostId, st.MachineId, st.Ip, st.Ips = s.hostID, x.Assignment.MachineId, x.Assignment.Ip, further(x)
 		if st.CreatedAt == nil {
 			st.CreatedAt = x.GetStatus().GetCreatedAt()
 		}

@@ -33,8 +33,9 @@ type Machine struct {
 
 // MetalContainer is a container's link on the host itself.
 type MetalContainer struct {
-	ID string
-	IP string
+	ID      string
+	IP      string
+	Further []string // its addresses in further networks, on the same link
 }
 
 // State is everything one host's network shall be.
@@ -44,6 +45,9 @@ type State struct {
 	Containers []MetalContainer
 	Ports      []*v1.PublishedPort
 	Names      []*v1.NameRecord
+	// Clients are the addresses of each container (in machines too) that is in
+	// several networks, in its order: it sees the names of all of them.
+	Clients [][]string
 }
 
 // Degraded is Apply's error when links, routes, filters and all other ports are as

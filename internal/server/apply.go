@@ -144,9 +144,6 @@ func (d *diff) networks() error {
 				want[n] = &v1.NetworkRequest{Name: n}
 			}
 		}
-		if at := control.Attachments(sp.Template); len(at) > 1 {
-			d.plan.Warnings = append(d.plan.Warnings, fmt.Sprintf("service %s is in the networks %s: it has one address, in the first, and these networks can reach each other", sp.Name, strings.Join(at, ", ")))
-		}
 	}
 	have := map[string]*v1.Network{}
 	for _, n := range d.snap.Networks {

@@ -39,7 +39,7 @@ func listed(c *v1.Container) *v1.Container {
 	}
 	return &v1.Container{Meta: c.Meta, Service: c.Service, Ordinal: c.Ordinal, ServiceHash: c.ServiceHash, Spec: c.Spec, Stopped: c.Stopped, Paused: c.Paused,
 		RestartGeneration: c.RestartGeneration, StopTimeout: c.StopTimeout, Status: c.Status, OneOff: c.OneOff,
-		Assignment: &v1.Assignment{HostId: a.HostId, MachineId: a.MachineId, Ip: a.Ip, NetworkId: a.NetworkId, At: a.At, Ports: a.Ports,
+		Assignment: &v1.Assignment{HostId: a.HostId, MachineId: a.MachineId, Ip: a.Ip, NetworkId: a.NetworkId, Addresses: a.Addresses, At: a.At, Ports: a.Ports,
 			Reason: &v1.Reason{Summary: a.Reason.Summary}}}
 }
 

@@ -88,7 +88,7 @@ func (p *problems) spec(s *v1.ContainerSpec) {
 	}
 	for what, n := range map[string]int{"environment variables": len(s.Env), "mounts": len(s.Mounts), "files": len(s.Files), "ports": len(s.Ports),
 		"labels": len(s.Labels), "annotations": len(s.Annotations), "ulimits": len(s.Ulimits), "devices": len(s.Devices), "sysctls": len(s.Sysctls),
-		"networks": len(s.Networks), "extra hosts": len(s.ExtraHosts), "capabilities": len(s.CapAdd) + len(s.CapDrop), "arguments": len(s.GetCommand().GetValues()) + len(s.GetEntrypoint().GetValues()),
+		"extra hosts": len(s.ExtraHosts), "capabilities": len(s.CapAdd) + len(s.CapDrop), "arguments": len(s.GetCommand().GetValues()) + len(s.GetEntrypoint().GetValues()),
 		"dependencies": len(s.DependsOn), "groups": len(s.GroupAdd), "hosts": len(s.HostAffinity)} {
 		p.count(what, n, maxList)
 	}
@@ -246,6 +246,7 @@ func (p *problems) network(s *v1.ContainerSpec) {
 	if s.NetworkMode != "" && (len(s.Networks) > 0 || (len(s.Ports) > 0 && s.NetworkMode == "none")) {
 		p.add("network_mode: %s goes with no networks and no ports", s.NetworkMode)
 	}
+	p.count("networks", len(s.Networks), maxNetworks)
 	seen := map[string]bool{}
 	for _, n := range s.Networks {
 		if seen[n.Network] || !objectName.MatchString(n.Network) {

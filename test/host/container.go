@@ -59,6 +59,7 @@ type Container struct {
 		HostID    string `json:"host_id"`
 		MachineID string `json:"machine_id"`
 		IP        string
+		Addresses []struct{ Network, IP string }
 		Ports     []struct {
 			HostPort int `json:"host_port"`
 		}

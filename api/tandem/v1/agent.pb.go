@@ -740,8 +740,10 @@ type ContainerAssignment struct {
 	StopTimeout       *durationpb.Duration   `protobuf:"bytes,13,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
 	Volumes           []*AssignedMount       `protobuf:"bytes,14,rep,name=volumes,proto3" json:"volumes,omitempty"` // named volumes by target
 	Paused            bool                   `protobuf:"varint,15,opt,name=paused,proto3" json:"paused,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// All addresses, the first is ip in network; empty from older servers.
+	Addresses     []*NetworkAddress `protobuf:"bytes,16,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerAssignment) Reset() {
@@ -877,6 +879,13 @@ func (x *ContainerAssignment) GetPaused() bool {
 		return x.Paused
 	}
 	return false
+}
+
+func (x *ContainerAssignment) GetAddresses() []*NetworkAddress {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
 }
 
 type AssignedMount struct {
@@ -2697,7 +2706,7 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\x12restart_generation\x18\t \x01(\x04R\x11restartGeneration\x12\x10\n" +
 	"\x03mac\x18\n" +
 	" \x01(\tR\x03mac\x12\x1a\n" +
-	"\bprefixes\x18\v \x03(\tR\bprefixes\"\xeb\x03\n" +
+	"\bprefixes\x18\v \x03(\tR\bprefixes\"\xa4\x04\n" +
 	"\x13ContainerAssignment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -2717,7 +2726,8 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"\x12restart_generation\x18\f \x01(\x04R\x11restartGeneration\x12<\n" +
 	"\fstop_timeout\x18\r \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x122\n" +
 	"\avolumes\x18\x0e \x03(\v2\x18.tandem.v1.AssignedMountR\avolumes\x12\x16\n" +
-	"\x06paused\x18\x0f \x01(\bR\x06paused\"a\n" +
+	"\x06paused\x18\x0f \x01(\bR\x06paused\x127\n" +
+	"\taddresses\x18\x10 \x03(\v2\x19.tandem.v1.NetworkAddressR\taddresses\"a\n" +
 	"\rAssignedMount\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1b\n" +
@@ -2923,20 +2933,21 @@ var file_tandem_v1_agent_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),      // 41: google.protobuf.Duration
 	(Isolation)(0),                   // 42: tandem.v1.Isolation
 	(*ContainerSpec)(nil),            // 43: tandem.v1.ContainerSpec
-	(*MachineStatus)(nil),            // 44: tandem.v1.MachineStatus
-	(*ContainerStatus)(nil),          // 45: tandem.v1.ContainerStatus
-	(*Event)(nil),                    // 46: tandem.v1.Event
-	(*Progress)(nil),                 // 47: tandem.v1.Progress
-	(*Image)(nil),                    // 48: tandem.v1.Image
-	(*Usage)(nil),                    // 49: tandem.v1.Usage
-	(*StreamInput)(nil),              // 50: tandem.v1.StreamInput
-	(*LogOptions)(nil),               // 51: tandem.v1.LogOptions
-	(*RuntimeTopRequest)(nil),        // 52: tandem.v1.RuntimeTopRequest
-	(*RuntimeKillRequest)(nil),       // 53: tandem.v1.RuntimeKillRequest
-	(*StreamOutput)(nil),             // 54: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 55: tandem.v1.LogEntry
-	(*RuntimeTopResponse)(nil),       // 56: tandem.v1.RuntimeTopResponse
-	(*RuntimeKillResponse)(nil),      // 57: tandem.v1.RuntimeKillResponse
+	(*NetworkAddress)(nil),           // 44: tandem.v1.NetworkAddress
+	(*MachineStatus)(nil),            // 45: tandem.v1.MachineStatus
+	(*ContainerStatus)(nil),          // 46: tandem.v1.ContainerStatus
+	(*Event)(nil),                    // 47: tandem.v1.Event
+	(*Progress)(nil),                 // 48: tandem.v1.Progress
+	(*Image)(nil),                    // 49: tandem.v1.Image
+	(*Usage)(nil),                    // 50: tandem.v1.Usage
+	(*StreamInput)(nil),              // 51: tandem.v1.StreamInput
+	(*LogOptions)(nil),               // 52: tandem.v1.LogOptions
+	(*RuntimeTopRequest)(nil),        // 53: tandem.v1.RuntimeTopRequest
+	(*RuntimeKillRequest)(nil),       // 54: tandem.v1.RuntimeKillRequest
+	(*StreamOutput)(nil),             // 55: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 56: tandem.v1.LogEntry
+	(*RuntimeTopResponse)(nil),       // 57: tandem.v1.RuntimeTopResponse
+	(*RuntimeKillResponse)(nil),      // 58: tandem.v1.RuntimeKillResponse
 }
 var file_tandem_v1_agent_proto_depIdxs = []int32{
 	40, // 0: tandem.v1.HostFacts.capacity:type_name -> tandem.v1.Size
@@ -2959,65 +2970,66 @@ var file_tandem_v1_agent_proto_depIdxs = []int32{
 	43, // 17: tandem.v1.ContainerAssignment.spec:type_name -> tandem.v1.ContainerSpec
 	41, // 18: tandem.v1.ContainerAssignment.stop_timeout:type_name -> google.protobuf.Duration
 	8,  // 19: tandem.v1.ContainerAssignment.volumes:type_name -> tandem.v1.AssignedMount
-	12, // 20: tandem.v1.PublishedPort.backends:type_name -> tandem.v1.Backend
-	4,  // 21: tandem.v1.ApplyHostRequest.spec:type_name -> tandem.v1.HostSpec
-	0,  // 22: tandem.v1.HostStatus.facts:type_name -> tandem.v1.HostFacts
-	44, // 23: tandem.v1.HostStatus.machines:type_name -> tandem.v1.MachineStatus
-	45, // 24: tandem.v1.HostStatus.containers:type_name -> tandem.v1.ContainerStatus
-	18, // 25: tandem.v1.HostStatus.volumes:type_name -> tandem.v1.VolumeStatus
-	46, // 26: tandem.v1.HostStatus.events:type_name -> tandem.v1.Event
-	47, // 27: tandem.v1.HostStatus.progress:type_name -> tandem.v1.Progress
-	38, // 28: tandem.v1.AgentStatsResponse.containers:type_name -> tandem.v1.AgentStatsResponse.ContainersEntry
-	39, // 29: tandem.v1.AgentStatsResponse.machines:type_name -> tandem.v1.AgentStatsResponse.MachinesEntry
-	48, // 30: tandem.v1.AgentListImagesResponse.images:type_name -> tandem.v1.Image
-	24, // 31: tandem.v1.AgentPullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
-	26, // 32: tandem.v1.ImageChunk.options:type_name -> tandem.v1.LoadOptions
-	47, // 33: tandem.v1.LoadProgress.progress:type_name -> tandem.v1.Progress
-	48, // 34: tandem.v1.LoadProgress.images:type_name -> tandem.v1.Image
-	37, // 35: tandem.v1.DoctorResponse.findings:type_name -> tandem.v1.Finding
-	49, // 36: tandem.v1.AgentStatsResponse.ContainersEntry.value:type_name -> tandem.v1.Usage
-	49, // 37: tandem.v1.AgentStatsResponse.MachinesEntry.value:type_name -> tandem.v1.Usage
-	2,  // 38: tandem.v1.AgentService.Hello:input_type -> tandem.v1.AgentHelloRequest
-	14, // 39: tandem.v1.AgentService.Apply:input_type -> tandem.v1.ApplyHostRequest
-	16, // 40: tandem.v1.AgentService.Watch:input_type -> tandem.v1.WatchHostRequest
-	50, // 41: tandem.v1.AgentService.Exec:input_type -> tandem.v1.StreamInput
-	50, // 42: tandem.v1.AgentService.Attach:input_type -> tandem.v1.StreamInput
-	50, // 43: tandem.v1.AgentService.Console:input_type -> tandem.v1.StreamInput
-	51, // 44: tandem.v1.AgentService.Logs:input_type -> tandem.v1.LogOptions
-	19, // 45: tandem.v1.AgentService.Stats:input_type -> tandem.v1.AgentStatsRequest
-	52, // 46: tandem.v1.AgentService.Top:input_type -> tandem.v1.RuntimeTopRequest
-	53, // 47: tandem.v1.AgentService.Kill:input_type -> tandem.v1.RuntimeKillRequest
-	21, // 48: tandem.v1.AgentService.ListImages:input_type -> tandem.v1.AgentListImagesRequest
-	23, // 49: tandem.v1.AgentService.PullImage:input_type -> tandem.v1.AgentPullImageRequest
-	25, // 50: tandem.v1.AgentService.LoadImage:input_type -> tandem.v1.ImageChunk
-	28, // 51: tandem.v1.AgentService.SaveImage:input_type -> tandem.v1.AgentSaveImageRequest
-	29, // 52: tandem.v1.AgentService.RemoveImage:input_type -> tandem.v1.AgentRemoveImageRequest
-	31, // 53: tandem.v1.AgentService.TagImage:input_type -> tandem.v1.AgentTagImageRequest
-	33, // 54: tandem.v1.AgentService.PruneImages:input_type -> tandem.v1.AgentPruneImagesRequest
-	35, // 55: tandem.v1.AgentService.Doctor:input_type -> tandem.v1.DoctorRequest
-	3,  // 56: tandem.v1.AgentService.Hello:output_type -> tandem.v1.AgentHelloResponse
-	15, // 57: tandem.v1.AgentService.Apply:output_type -> tandem.v1.ApplyHostResponse
-	17, // 58: tandem.v1.AgentService.Watch:output_type -> tandem.v1.HostStatus
-	54, // 59: tandem.v1.AgentService.Exec:output_type -> tandem.v1.StreamOutput
-	54, // 60: tandem.v1.AgentService.Attach:output_type -> tandem.v1.StreamOutput
-	54, // 61: tandem.v1.AgentService.Console:output_type -> tandem.v1.StreamOutput
-	55, // 62: tandem.v1.AgentService.Logs:output_type -> tandem.v1.LogEntry
-	20, // 63: tandem.v1.AgentService.Stats:output_type -> tandem.v1.AgentStatsResponse
-	56, // 64: tandem.v1.AgentService.Top:output_type -> tandem.v1.RuntimeTopResponse
-	57, // 65: tandem.v1.AgentService.Kill:output_type -> tandem.v1.RuntimeKillResponse
-	22, // 66: tandem.v1.AgentService.ListImages:output_type -> tandem.v1.AgentListImagesResponse
-	47, // 67: tandem.v1.AgentService.PullImage:output_type -> tandem.v1.Progress
-	27, // 68: tandem.v1.AgentService.LoadImage:output_type -> tandem.v1.LoadProgress
-	25, // 69: tandem.v1.AgentService.SaveImage:output_type -> tandem.v1.ImageChunk
-	30, // 70: tandem.v1.AgentService.RemoveImage:output_type -> tandem.v1.AgentRemoveImageResponse
-	32, // 71: tandem.v1.AgentService.TagImage:output_type -> tandem.v1.AgentTagImageResponse
-	34, // 72: tandem.v1.AgentService.PruneImages:output_type -> tandem.v1.AgentPruneImagesResponse
-	36, // 73: tandem.v1.AgentService.Doctor:output_type -> tandem.v1.DoctorResponse
-	56, // [56:74] is the sub-list for method output_type
-	38, // [38:56] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	44, // 20: tandem.v1.ContainerAssignment.addresses:type_name -> tandem.v1.NetworkAddress
+	12, // 21: tandem.v1.PublishedPort.backends:type_name -> tandem.v1.Backend
+	4,  // 22: tandem.v1.ApplyHostRequest.spec:type_name -> tandem.v1.HostSpec
+	0,  // 23: tandem.v1.HostStatus.facts:type_name -> tandem.v1.HostFacts
+	45, // 24: tandem.v1.HostStatus.machines:type_name -> tandem.v1.MachineStatus
+	46, // 25: tandem.v1.HostStatus.containers:type_name -> tandem.v1.ContainerStatus
+	18, // 26: tandem.v1.HostStatus.volumes:type_name -> tandem.v1.VolumeStatus
+	47, // 27: tandem.v1.HostStatus.events:type_name -> tandem.v1.Event
+	48, // 28: tandem.v1.HostStatus.progress:type_name -> tandem.v1.Progress
+	38, // 29: tandem.v1.AgentStatsResponse.containers:type_name -> tandem.v1.AgentStatsResponse.ContainersEntry
+	39, // 30: tandem.v1.AgentStatsResponse.machines:type_name -> tandem.v1.AgentStatsResponse.MachinesEntry
+	49, // 31: tandem.v1.AgentListImagesResponse.images:type_name -> tandem.v1.Image
+	24, // 32: tandem.v1.AgentPullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
+	26, // 33: tandem.v1.ImageChunk.options:type_name -> tandem.v1.LoadOptions
+	48, // 34: tandem.v1.LoadProgress.progress:type_name -> tandem.v1.Progress
+	49, // 35: tandem.v1.LoadProgress.images:type_name -> tandem.v1.Image
+	37, // 36: tandem.v1.DoctorResponse.findings:type_name -> tandem.v1.Finding
+	50, // 37: tandem.v1.AgentStatsResponse.ContainersEntry.value:type_name -> tandem.v1.Usage
+	50, // 38: tandem.v1.AgentStatsResponse.MachinesEntry.value:type_name -> tandem.v1.Usage
+	2,  // 39: tandem.v1.AgentService.Hello:input_type -> tandem.v1.AgentHelloRequest
+	14, // 40: tandem.v1.AgentService.Apply:input_type -> tandem.v1.ApplyHostRequest
+	16, // 41: tandem.v1.AgentService.Watch:input_type -> tandem.v1.WatchHostRequest
+	51, // 42: tandem.v1.AgentService.Exec:input_type -> tandem.v1.StreamInput
+	51, // 43: tandem.v1.AgentService.Attach:input_type -> tandem.v1.StreamInput
+	51, // 44: tandem.v1.AgentService.Console:input_type -> tandem.v1.StreamInput
+	52, // 45: tandem.v1.AgentService.Logs:input_type -> tandem.v1.LogOptions
+	19, // 46: tandem.v1.AgentService.Stats:input_type -> tandem.v1.AgentStatsRequest
+	53, // 47: tandem.v1.AgentService.Top:input_type -> tandem.v1.RuntimeTopRequest
+	54, // 48: tandem.v1.AgentService.Kill:input_type -> tandem.v1.RuntimeKillRequest
+	21, // 49: tandem.v1.AgentService.ListImages:input_type -> tandem.v1.AgentListImagesRequest
+	23, // 50: tandem.v1.AgentService.PullImage:input_type -> tandem.v1.AgentPullImageRequest
+	25, // 51: tandem.v1.AgentService.LoadImage:input_type -> tandem.v1.ImageChunk
+	28, // 52: tandem.v1.AgentService.SaveImage:input_type -> tandem.v1.AgentSaveImageRequest
+	29, // 53: tandem.v1.AgentService.RemoveImage:input_type -> tandem.v1.AgentRemoveImageRequest
+	31, // 54: tandem.v1.AgentService.TagImage:input_type -> tandem.v1.AgentTagImageRequest
+	33, // 55: tandem.v1.AgentService.PruneImages:input_type -> tandem.v1.AgentPruneImagesRequest
+	35, // 56: tandem.v1.AgentService.Doctor:input_type -> tandem.v1.DoctorRequest
+	3,  // 57: tandem.v1.AgentService.Hello:output_type -> tandem.v1.AgentHelloResponse
+	15, // 58: tandem.v1.AgentService.Apply:output_type -> tandem.v1.ApplyHostResponse
+	17, // 59: tandem.v1.AgentService.Watch:output_type -> tandem.v1.HostStatus
+	55, // 60: tandem.v1.AgentService.Exec:output_type -> tandem.v1.StreamOutput
+	55, // 61: tandem.v1.AgentService.Attach:output_type -> tandem.v1.StreamOutput
+	55, // 62: tandem.v1.AgentService.Console:output_type -> tandem.v1.StreamOutput
+	56, // 63: tandem.v1.AgentService.Logs:output_type -> tandem.v1.LogEntry
+	20, // 64: tandem.v1.AgentService.Stats:output_type -> tandem.v1.AgentStatsResponse
+	57, // 65: tandem.v1.AgentService.Top:output_type -> tandem.v1.RuntimeTopResponse
+	58, // 66: tandem.v1.AgentService.Kill:output_type -> tandem.v1.RuntimeKillResponse
+	22, // 67: tandem.v1.AgentService.ListImages:output_type -> tandem.v1.AgentListImagesResponse
+	48, // 68: tandem.v1.AgentService.PullImage:output_type -> tandem.v1.Progress
+	27, // 69: tandem.v1.AgentService.LoadImage:output_type -> tandem.v1.LoadProgress
+	25, // 70: tandem.v1.AgentService.SaveImage:output_type -> tandem.v1.ImageChunk
+	30, // 71: tandem.v1.AgentService.RemoveImage:output_type -> tandem.v1.AgentRemoveImageResponse
+	32, // 72: tandem.v1.AgentService.TagImage:output_type -> tandem.v1.AgentTagImageResponse
+	34, // 73: tandem.v1.AgentService.PruneImages:output_type -> tandem.v1.AgentPruneImagesResponse
+	36, // 74: tandem.v1.AgentService.Doctor:output_type -> tandem.v1.DoctorResponse
+	57, // [57:75] is the sub-list for method output_type
+	39, // [39:57] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_agent_proto_init() }

@@ -1567,14 +1567,19 @@ func (x *RuntimeMount) GetPropagation() string {
 }
 
 type RuntimeNetwork struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Mode          string                 `protobuf:"bytes,1,opt,name=mode,proto3" json:"mode,omitempty"`       // "routed" (veth, default), "none", "host"
-	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // CIDR, /32
-	Gateway       string                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // 169.254.1.1
-	Mtu           uint32                 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
-	DnsServers    []string               `protobuf:"bytes,5,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
-	DnsSearch     []string               `protobuf:"bytes,6,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
-	DnsOptions    []string               `protobuf:"bytes,7,rep,name=dns_options,json=dnsOptions,proto3" json:"dns_options,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Mode       string                 `protobuf:"bytes,1,opt,name=mode,proto3" json:"mode,omitempty"`       // "routed" (veth, default), "none", "host"
+	Address    string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // CIDR, /32
+	Gateway    string                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // 169.254.1.1
+	Mtu        uint32                 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	DnsServers []string               `protobuf:"bytes,5,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
+	DnsSearch  []string               `protobuf:"bytes,6,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
+	DnsOptions []string               `protobuf:"bytes,7,rep,name=dns_options,json=dnsOptions,proto3" json:"dns_options,omitempty"`
+	// All addresses, with what network each is in; the first is address. Empty from
+	// older agents.
+	Addresses []*RuntimeAddress `protobuf:"bytes,8,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// The address that connections to outside all networks come from; address if empty.
+	Source        string `protobuf:"bytes,9,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1658,6 +1663,72 @@ func (x *RuntimeNetwork) GetDnsOptions() []string {
 	return nil
 }
 
+func (x *RuntimeNetwork) GetAddresses() []*RuntimeAddress {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *RuntimeNetwork) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type RuntimeAddress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // CIDR, /32
+	Network       string                 `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // CIDR: towards it, connections come from this address
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RuntimeAddress) Reset() {
+	*x = RuntimeAddress{}
+	mi := &file_tandem_v1_guest_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RuntimeAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RuntimeAddress) ProtoMessage() {}
+
+func (x *RuntimeAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_guest_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RuntimeAddress.ProtoReflect.Descriptor instead.
+func (*RuntimeAddress) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RuntimeAddress) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RuntimeAddress) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
 type RuntimeStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1675,7 +1746,7 @@ type RuntimeStatus struct {
 
 func (x *RuntimeStatus) Reset() {
 	*x = RuntimeStatus{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[24]
+	mi := &file_tandem_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1687,7 +1758,7 @@ func (x *RuntimeStatus) String() string {
 func (*RuntimeStatus) ProtoMessage() {}
 
 func (x *RuntimeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[24]
+	mi := &file_tandem_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1700,7 +1771,7 @@ func (x *RuntimeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStatus.ProtoReflect.Descriptor instead.
 func (*RuntimeStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RuntimeStatus) GetId() string {
@@ -1775,7 +1846,7 @@ type RuntimeCreateRequest struct {
 
 func (x *RuntimeCreateRequest) Reset() {
 	*x = RuntimeCreateRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[25]
+	mi := &file_tandem_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +1858,7 @@ func (x *RuntimeCreateRequest) String() string {
 func (*RuntimeCreateRequest) ProtoMessage() {}
 
 func (x *RuntimeCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[25]
+	mi := &file_tandem_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +1871,7 @@ func (x *RuntimeCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeCreateRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeCreateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RuntimeCreateRequest) GetSpec() *RuntimeSpec {
@@ -1818,7 +1889,7 @@ type RuntimeCreateResponse struct {
 
 func (x *RuntimeCreateResponse) Reset() {
 	*x = RuntimeCreateResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[26]
+	mi := &file_tandem_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +1901,7 @@ func (x *RuntimeCreateResponse) String() string {
 func (*RuntimeCreateResponse) ProtoMessage() {}
 
 func (x *RuntimeCreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[26]
+	mi := &file_tandem_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +1914,7 @@ func (x *RuntimeCreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeCreateResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeCreateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 type RuntimeStartRequest struct {
@@ -1855,7 +1926,7 @@ type RuntimeStartRequest struct {
 
 func (x *RuntimeStartRequest) Reset() {
 	*x = RuntimeStartRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[27]
+	mi := &file_tandem_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1938,7 @@ func (x *RuntimeStartRequest) String() string {
 func (*RuntimeStartRequest) ProtoMessage() {}
 
 func (x *RuntimeStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[27]
+	mi := &file_tandem_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1951,7 @@ func (x *RuntimeStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStartRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeStartRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RuntimeStartRequest) GetId() string {
@@ -1899,7 +1970,7 @@ type RuntimeStartResponse struct {
 
 func (x *RuntimeStartResponse) Reset() {
 	*x = RuntimeStartResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[28]
+	mi := &file_tandem_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +1982,7 @@ func (x *RuntimeStartResponse) String() string {
 func (*RuntimeStartResponse) ProtoMessage() {}
 
 func (x *RuntimeStartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[28]
+	mi := &file_tandem_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +1995,7 @@ func (x *RuntimeStartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStartResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeStartResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RuntimeStartResponse) GetPid() int64 {
@@ -1945,7 +2016,7 @@ type RuntimeStopRequest struct {
 
 func (x *RuntimeStopRequest) Reset() {
 	*x = RuntimeStopRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[29]
+	mi := &file_tandem_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2028,7 @@ func (x *RuntimeStopRequest) String() string {
 func (*RuntimeStopRequest) ProtoMessage() {}
 
 func (x *RuntimeStopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[29]
+	mi := &file_tandem_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2041,7 @@ func (x *RuntimeStopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStopRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeStopRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RuntimeStopRequest) GetId() string {
@@ -2003,7 +2074,7 @@ type RuntimeStopResponse struct {
 
 func (x *RuntimeStopResponse) Reset() {
 	*x = RuntimeStopResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[30]
+	mi := &file_tandem_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2015,7 +2086,7 @@ func (x *RuntimeStopResponse) String() string {
 func (*RuntimeStopResponse) ProtoMessage() {}
 
 func (x *RuntimeStopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[30]
+	mi := &file_tandem_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2028,7 +2099,7 @@ func (x *RuntimeStopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStopResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeStopResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RuntimeStopResponse) GetStatus() *RuntimeStatus {
@@ -2049,7 +2120,7 @@ type RuntimeKillRequest struct {
 
 func (x *RuntimeKillRequest) Reset() {
 	*x = RuntimeKillRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[31]
+	mi := &file_tandem_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2132,7 @@ func (x *RuntimeKillRequest) String() string {
 func (*RuntimeKillRequest) ProtoMessage() {}
 
 func (x *RuntimeKillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[31]
+	mi := &file_tandem_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2145,7 @@ func (x *RuntimeKillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeKillRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeKillRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RuntimeKillRequest) GetId() string {
@@ -2106,7 +2177,7 @@ type RuntimeKillResponse struct {
 
 func (x *RuntimeKillResponse) Reset() {
 	*x = RuntimeKillResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[32]
+	mi := &file_tandem_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2189,7 @@ func (x *RuntimeKillResponse) String() string {
 func (*RuntimeKillResponse) ProtoMessage() {}
 
 func (x *RuntimeKillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[32]
+	mi := &file_tandem_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2202,7 @@ func (x *RuntimeKillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeKillResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeKillResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 type RuntimeDeleteRequest struct {
@@ -2144,7 +2215,7 @@ type RuntimeDeleteRequest struct {
 
 func (x *RuntimeDeleteRequest) Reset() {
 	*x = RuntimeDeleteRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[33]
+	mi := &file_tandem_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2227,7 @@ func (x *RuntimeDeleteRequest) String() string {
 func (*RuntimeDeleteRequest) ProtoMessage() {}
 
 func (x *RuntimeDeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[33]
+	mi := &file_tandem_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2169,7 +2240,7 @@ func (x *RuntimeDeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeDeleteRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeDeleteRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RuntimeDeleteRequest) GetId() string {
@@ -2194,7 +2265,7 @@ type RuntimeDeleteResponse struct {
 
 func (x *RuntimeDeleteResponse) Reset() {
 	*x = RuntimeDeleteResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[34]
+	mi := &file_tandem_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2206,7 +2277,7 @@ func (x *RuntimeDeleteResponse) String() string {
 func (*RuntimeDeleteResponse) ProtoMessage() {}
 
 func (x *RuntimeDeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[34]
+	mi := &file_tandem_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2219,7 +2290,7 @@ func (x *RuntimeDeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeDeleteResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeDeleteResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 type RuntimePauseRequest struct {
@@ -2231,7 +2302,7 @@ type RuntimePauseRequest struct {
 
 func (x *RuntimePauseRequest) Reset() {
 	*x = RuntimePauseRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[35]
+	mi := &file_tandem_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2243,7 +2314,7 @@ func (x *RuntimePauseRequest) String() string {
 func (*RuntimePauseRequest) ProtoMessage() {}
 
 func (x *RuntimePauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[35]
+	mi := &file_tandem_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2256,7 +2327,7 @@ func (x *RuntimePauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimePauseRequest.ProtoReflect.Descriptor instead.
 func (*RuntimePauseRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RuntimePauseRequest) GetId() string {
@@ -2274,7 +2345,7 @@ type RuntimePauseResponse struct {
 
 func (x *RuntimePauseResponse) Reset() {
 	*x = RuntimePauseResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[36]
+	mi := &file_tandem_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2357,7 @@ func (x *RuntimePauseResponse) String() string {
 func (*RuntimePauseResponse) ProtoMessage() {}
 
 func (x *RuntimePauseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[36]
+	mi := &file_tandem_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2370,7 @@ func (x *RuntimePauseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimePauseResponse.ProtoReflect.Descriptor instead.
 func (*RuntimePauseResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 type RuntimeResumeRequest struct {
@@ -2311,7 +2382,7 @@ type RuntimeResumeRequest struct {
 
 func (x *RuntimeResumeRequest) Reset() {
 	*x = RuntimeResumeRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[37]
+	mi := &file_tandem_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2394,7 @@ func (x *RuntimeResumeRequest) String() string {
 func (*RuntimeResumeRequest) ProtoMessage() {}
 
 func (x *RuntimeResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[37]
+	mi := &file_tandem_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2407,7 @@ func (x *RuntimeResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeResumeRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeResumeRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RuntimeResumeRequest) GetId() string {
@@ -2354,7 +2425,7 @@ type RuntimeResumeResponse struct {
 
 func (x *RuntimeResumeResponse) Reset() {
 	*x = RuntimeResumeResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[38]
+	mi := &file_tandem_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2437,7 @@ func (x *RuntimeResumeResponse) String() string {
 func (*RuntimeResumeResponse) ProtoMessage() {}
 
 func (x *RuntimeResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[38]
+	mi := &file_tandem_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2450,7 @@ func (x *RuntimeResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeResumeResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeResumeResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 type RuntimeUpdateRequest struct {
@@ -2392,7 +2463,7 @@ type RuntimeUpdateRequest struct {
 
 func (x *RuntimeUpdateRequest) Reset() {
 	*x = RuntimeUpdateRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[39]
+	mi := &file_tandem_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2475,7 @@ func (x *RuntimeUpdateRequest) String() string {
 func (*RuntimeUpdateRequest) ProtoMessage() {}
 
 func (x *RuntimeUpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[39]
+	mi := &file_tandem_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2488,7 @@ func (x *RuntimeUpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeUpdateRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeUpdateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RuntimeUpdateRequest) GetId() string {
@@ -2442,7 +2513,7 @@ type RuntimeUpdateResponse struct {
 
 func (x *RuntimeUpdateResponse) Reset() {
 	*x = RuntimeUpdateResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[40]
+	mi := &file_tandem_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2454,7 +2525,7 @@ func (x *RuntimeUpdateResponse) String() string {
 func (*RuntimeUpdateResponse) ProtoMessage() {}
 
 func (x *RuntimeUpdateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[40]
+	mi := &file_tandem_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2467,7 +2538,7 @@ func (x *RuntimeUpdateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeUpdateResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeUpdateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 type RuntimeWaitRequest struct {
@@ -2479,7 +2550,7 @@ type RuntimeWaitRequest struct {
 
 func (x *RuntimeWaitRequest) Reset() {
 	*x = RuntimeWaitRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[41]
+	mi := &file_tandem_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2491,7 +2562,7 @@ func (x *RuntimeWaitRequest) String() string {
 func (*RuntimeWaitRequest) ProtoMessage() {}
 
 func (x *RuntimeWaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[41]
+	mi := &file_tandem_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2504,7 +2575,7 @@ func (x *RuntimeWaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeWaitRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeWaitRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RuntimeWaitRequest) GetId() string {
@@ -2523,7 +2594,7 @@ type RuntimeWaitResponse struct {
 
 func (x *RuntimeWaitResponse) Reset() {
 	*x = RuntimeWaitResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[42]
+	mi := &file_tandem_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2535,7 +2606,7 @@ func (x *RuntimeWaitResponse) String() string {
 func (*RuntimeWaitResponse) ProtoMessage() {}
 
 func (x *RuntimeWaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[42]
+	mi := &file_tandem_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2548,7 +2619,7 @@ func (x *RuntimeWaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeWaitResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeWaitResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{42}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RuntimeWaitResponse) GetStatus() *RuntimeStatus {
@@ -2566,7 +2637,7 @@ type RuntimeListRequest struct {
 
 func (x *RuntimeListRequest) Reset() {
 	*x = RuntimeListRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[43]
+	mi := &file_tandem_v1_guest_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2578,7 +2649,7 @@ func (x *RuntimeListRequest) String() string {
 func (*RuntimeListRequest) ProtoMessage() {}
 
 func (x *RuntimeListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[43]
+	mi := &file_tandem_v1_guest_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2591,7 +2662,7 @@ func (x *RuntimeListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeListRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeListRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{43}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{44}
 }
 
 type RuntimeListResponse struct {
@@ -2603,7 +2674,7 @@ type RuntimeListResponse struct {
 
 func (x *RuntimeListResponse) Reset() {
 	*x = RuntimeListResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[44]
+	mi := &file_tandem_v1_guest_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2686,7 @@ func (x *RuntimeListResponse) String() string {
 func (*RuntimeListResponse) ProtoMessage() {}
 
 func (x *RuntimeListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[44]
+	mi := &file_tandem_v1_guest_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2699,7 @@ func (x *RuntimeListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeListResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeListResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{44}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RuntimeListResponse) GetContainers() []*RuntimeStatus {
@@ -2647,7 +2718,7 @@ type RuntimeStatsRequest struct {
 
 func (x *RuntimeStatsRequest) Reset() {
 	*x = RuntimeStatsRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[45]
+	mi := &file_tandem_v1_guest_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2659,7 +2730,7 @@ func (x *RuntimeStatsRequest) String() string {
 func (*RuntimeStatsRequest) ProtoMessage() {}
 
 func (x *RuntimeStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[45]
+	mi := &file_tandem_v1_guest_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2672,7 +2743,7 @@ func (x *RuntimeStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStatsRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeStatsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{45}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RuntimeStatsRequest) GetId() string {
@@ -2691,7 +2762,7 @@ type RuntimeStatsResponse struct {
 
 func (x *RuntimeStatsResponse) Reset() {
 	*x = RuntimeStatsResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[46]
+	mi := &file_tandem_v1_guest_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2703,7 +2774,7 @@ func (x *RuntimeStatsResponse) String() string {
 func (*RuntimeStatsResponse) ProtoMessage() {}
 
 func (x *RuntimeStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[46]
+	mi := &file_tandem_v1_guest_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2716,7 +2787,7 @@ func (x *RuntimeStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeStatsResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeStatsResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{46}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RuntimeStatsResponse) GetUsage() *Usage {
@@ -2735,7 +2806,7 @@ type RuntimeTopRequest struct {
 
 func (x *RuntimeTopRequest) Reset() {
 	*x = RuntimeTopRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[47]
+	mi := &file_tandem_v1_guest_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2747,7 +2818,7 @@ func (x *RuntimeTopRequest) String() string {
 func (*RuntimeTopRequest) ProtoMessage() {}
 
 func (x *RuntimeTopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[47]
+	mi := &file_tandem_v1_guest_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2760,7 +2831,7 @@ func (x *RuntimeTopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeTopRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeTopRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{47}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RuntimeTopRequest) GetId() string {
@@ -2779,7 +2850,7 @@ type RuntimeTopResponse struct {
 
 func (x *RuntimeTopResponse) Reset() {
 	*x = RuntimeTopResponse{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[48]
+	mi := &file_tandem_v1_guest_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2791,7 +2862,7 @@ func (x *RuntimeTopResponse) String() string {
 func (*RuntimeTopResponse) ProtoMessage() {}
 
 func (x *RuntimeTopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[48]
+	mi := &file_tandem_v1_guest_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2804,7 +2875,7 @@ func (x *RuntimeTopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeTopResponse.ProtoReflect.Descriptor instead.
 func (*RuntimeTopResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{48}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RuntimeTopResponse) GetProcesses() []*Process {
@@ -2822,7 +2893,7 @@ type RuntimeEventsRequest struct {
 
 func (x *RuntimeEventsRequest) Reset() {
 	*x = RuntimeEventsRequest{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[49]
+	mi := &file_tandem_v1_guest_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2834,7 +2905,7 @@ func (x *RuntimeEventsRequest) String() string {
 func (*RuntimeEventsRequest) ProtoMessage() {}
 
 func (x *RuntimeEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[49]
+	mi := &file_tandem_v1_guest_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2847,7 +2918,7 @@ func (x *RuntimeEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeEventsRequest.ProtoReflect.Descriptor instead.
 func (*RuntimeEventsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{49}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{50}
 }
 
 type RuntimeEvent struct {
@@ -2862,7 +2933,7 @@ type RuntimeEvent struct {
 
 func (x *RuntimeEvent) Reset() {
 	*x = RuntimeEvent{}
-	mi := &file_tandem_v1_guest_proto_msgTypes[50]
+	mi := &file_tandem_v1_guest_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2874,7 +2945,7 @@ func (x *RuntimeEvent) String() string {
 func (*RuntimeEvent) ProtoMessage() {}
 
 func (x *RuntimeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_guest_proto_msgTypes[50]
+	mi := &file_tandem_v1_guest_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2887,7 +2958,7 @@ func (x *RuntimeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeEvent.ProtoReflect.Descriptor instead.
 func (*RuntimeEvent) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{50}
+	return file_tandem_v1_guest_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RuntimeEvent) GetId() string {
@@ -3055,7 +3126,7 @@ const file_tandem_v1_guest_proto_rawDesc = "" +
 	"\tTYPE_DISK\x10\x01\x12\r\n" +
 	"\tTYPE_BIND\x10\x02\x12\x0e\n" +
 	"\n" +
-	"TYPE_TMPFS\x10\x03\"\xcb\x01\n" +
+	"TYPE_TMPFS\x10\x03\"\x9c\x02\n" +
 	"\x0eRuntimeNetwork\x12\x12\n" +
 	"\x04mode\x18\x01 \x01(\tR\x04mode\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
@@ -3066,7 +3137,12 @@ const file_tandem_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"dns_search\x18\x06 \x03(\tR\tdnsSearch\x12\x1f\n" +
 	"\vdns_options\x18\a \x03(\tR\n" +
-	"dnsOptions\"\xca\x03\n" +
+	"dnsOptions\x127\n" +
+	"\taddresses\x18\b \x03(\v2\x19.tandem.v1.RuntimeAddressR\taddresses\x12\x16\n" +
+	"\x06source\x18\t \x01(\tR\x06source\"D\n" +
+	"\x0eRuntimeAddress\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
+	"\anetwork\x18\x02 \x01(\tR\anetwork\"\xca\x03\n" +
 	"\rRuntimeStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x19.tandem.v1.ContainerStateR\x05state\x12\x1b\n" +
@@ -3182,7 +3258,7 @@ func file_tandem_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_tandem_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tandem_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_tandem_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_tandem_v1_guest_proto_goTypes = []any{
 	(RuntimeMount_Type)(0),           // 0: tandem.v1.RuntimeMount.Type
 	(*GuestHelloRequest)(nil),        // 1: tandem.v1.GuestHelloRequest
@@ -3209,140 +3285,142 @@ var file_tandem_v1_guest_proto_goTypes = []any{
 	(*RuntimeSpec)(nil),              // 22: tandem.v1.RuntimeSpec
 	(*RuntimeMount)(nil),             // 23: tandem.v1.RuntimeMount
 	(*RuntimeNetwork)(nil),           // 24: tandem.v1.RuntimeNetwork
-	(*RuntimeStatus)(nil),            // 25: tandem.v1.RuntimeStatus
-	(*RuntimeCreateRequest)(nil),     // 26: tandem.v1.RuntimeCreateRequest
-	(*RuntimeCreateResponse)(nil),    // 27: tandem.v1.RuntimeCreateResponse
-	(*RuntimeStartRequest)(nil),      // 28: tandem.v1.RuntimeStartRequest
-	(*RuntimeStartResponse)(nil),     // 29: tandem.v1.RuntimeStartResponse
-	(*RuntimeStopRequest)(nil),       // 30: tandem.v1.RuntimeStopRequest
-	(*RuntimeStopResponse)(nil),      // 31: tandem.v1.RuntimeStopResponse
-	(*RuntimeKillRequest)(nil),       // 32: tandem.v1.RuntimeKillRequest
-	(*RuntimeKillResponse)(nil),      // 33: tandem.v1.RuntimeKillResponse
-	(*RuntimeDeleteRequest)(nil),     // 34: tandem.v1.RuntimeDeleteRequest
-	(*RuntimeDeleteResponse)(nil),    // 35: tandem.v1.RuntimeDeleteResponse
-	(*RuntimePauseRequest)(nil),      // 36: tandem.v1.RuntimePauseRequest
-	(*RuntimePauseResponse)(nil),     // 37: tandem.v1.RuntimePauseResponse
-	(*RuntimeResumeRequest)(nil),     // 38: tandem.v1.RuntimeResumeRequest
-	(*RuntimeResumeResponse)(nil),    // 39: tandem.v1.RuntimeResumeResponse
-	(*RuntimeUpdateRequest)(nil),     // 40: tandem.v1.RuntimeUpdateRequest
-	(*RuntimeUpdateResponse)(nil),    // 41: tandem.v1.RuntimeUpdateResponse
-	(*RuntimeWaitRequest)(nil),       // 42: tandem.v1.RuntimeWaitRequest
-	(*RuntimeWaitResponse)(nil),      // 43: tandem.v1.RuntimeWaitResponse
-	(*RuntimeListRequest)(nil),       // 44: tandem.v1.RuntimeListRequest
-	(*RuntimeListResponse)(nil),      // 45: tandem.v1.RuntimeListResponse
-	(*RuntimeStatsRequest)(nil),      // 46: tandem.v1.RuntimeStatsRequest
-	(*RuntimeStatsResponse)(nil),     // 47: tandem.v1.RuntimeStatsResponse
-	(*RuntimeTopRequest)(nil),        // 48: tandem.v1.RuntimeTopRequest
-	(*RuntimeTopResponse)(nil),       // 49: tandem.v1.RuntimeTopResponse
-	(*RuntimeEventsRequest)(nil),     // 50: tandem.v1.RuntimeEventsRequest
-	(*RuntimeEvent)(nil),             // 51: tandem.v1.RuntimeEvent
-	nil,                              // 52: tandem.v1.RuntimeSpec.SysctlsEntry
-	nil,                              // 53: tandem.v1.RuntimeSpec.LabelsEntry
-	nil,                              // 54: tandem.v1.RuntimeStatus.LabelsEntry
-	(*durationpb.Duration)(nil),      // 55: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 56: google.protobuf.Timestamp
-	(*Usage)(nil),                    // 57: tandem.v1.Usage
-	(*File)(nil),                     // 58: tandem.v1.File
-	(*Ulimit)(nil),                   // 59: tandem.v1.Ulimit
-	(*Device)(nil),                   // 60: tandem.v1.Device
-	(*Resources)(nil),                // 61: tandem.v1.Resources
-	(*LogConfig)(nil),                // 62: tandem.v1.LogConfig
-	(ContainerState)(0),              // 63: tandem.v1.ContainerState
-	(*Process)(nil),                  // 64: tandem.v1.Process
-	(*StreamInput)(nil),              // 65: tandem.v1.StreamInput
-	(*LogOptions)(nil),               // 66: tandem.v1.LogOptions
-	(*StreamOutput)(nil),             // 67: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 68: tandem.v1.LogEntry
+	(*RuntimeAddress)(nil),           // 25: tandem.v1.RuntimeAddress
+	(*RuntimeStatus)(nil),            // 26: tandem.v1.RuntimeStatus
+	(*RuntimeCreateRequest)(nil),     // 27: tandem.v1.RuntimeCreateRequest
+	(*RuntimeCreateResponse)(nil),    // 28: tandem.v1.RuntimeCreateResponse
+	(*RuntimeStartRequest)(nil),      // 29: tandem.v1.RuntimeStartRequest
+	(*RuntimeStartResponse)(nil),     // 30: tandem.v1.RuntimeStartResponse
+	(*RuntimeStopRequest)(nil),       // 31: tandem.v1.RuntimeStopRequest
+	(*RuntimeStopResponse)(nil),      // 32: tandem.v1.RuntimeStopResponse
+	(*RuntimeKillRequest)(nil),       // 33: tandem.v1.RuntimeKillRequest
+	(*RuntimeKillResponse)(nil),      // 34: tandem.v1.RuntimeKillResponse
+	(*RuntimeDeleteRequest)(nil),     // 35: tandem.v1.RuntimeDeleteRequest
+	(*RuntimeDeleteResponse)(nil),    // 36: tandem.v1.RuntimeDeleteResponse
+	(*RuntimePauseRequest)(nil),      // 37: tandem.v1.RuntimePauseRequest
+	(*RuntimePauseResponse)(nil),     // 38: tandem.v1.RuntimePauseResponse
+	(*RuntimeResumeRequest)(nil),     // 39: tandem.v1.RuntimeResumeRequest
+	(*RuntimeResumeResponse)(nil),    // 40: tandem.v1.RuntimeResumeResponse
+	(*RuntimeUpdateRequest)(nil),     // 41: tandem.v1.RuntimeUpdateRequest
+	(*RuntimeUpdateResponse)(nil),    // 42: tandem.v1.RuntimeUpdateResponse
+	(*RuntimeWaitRequest)(nil),       // 43: tandem.v1.RuntimeWaitRequest
+	(*RuntimeWaitResponse)(nil),      // 44: tandem.v1.RuntimeWaitResponse
+	(*RuntimeListRequest)(nil),       // 45: tandem.v1.RuntimeListRequest
+	(*RuntimeListResponse)(nil),      // 46: tandem.v1.RuntimeListResponse
+	(*RuntimeStatsRequest)(nil),      // 47: tandem.v1.RuntimeStatsRequest
+	(*RuntimeStatsResponse)(nil),     // 48: tandem.v1.RuntimeStatsResponse
+	(*RuntimeTopRequest)(nil),        // 49: tandem.v1.RuntimeTopRequest
+	(*RuntimeTopResponse)(nil),       // 50: tandem.v1.RuntimeTopResponse
+	(*RuntimeEventsRequest)(nil),     // 51: tandem.v1.RuntimeEventsRequest
+	(*RuntimeEvent)(nil),             // 52: tandem.v1.RuntimeEvent
+	nil,                              // 53: tandem.v1.RuntimeSpec.SysctlsEntry
+	nil,                              // 54: tandem.v1.RuntimeSpec.LabelsEntry
+	nil,                              // 55: tandem.v1.RuntimeStatus.LabelsEntry
+	(*durationpb.Duration)(nil),      // 56: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 57: google.protobuf.Timestamp
+	(*Usage)(nil),                    // 58: tandem.v1.Usage
+	(*File)(nil),                     // 59: tandem.v1.File
+	(*Ulimit)(nil),                   // 60: tandem.v1.Ulimit
+	(*Device)(nil),                   // 61: tandem.v1.Device
+	(*Resources)(nil),                // 62: tandem.v1.Resources
+	(*LogConfig)(nil),                // 63: tandem.v1.LogConfig
+	(ContainerState)(0),              // 64: tandem.v1.ContainerState
+	(*Process)(nil),                  // 65: tandem.v1.Process
+	(*StreamInput)(nil),              // 66: tandem.v1.StreamInput
+	(*LogOptions)(nil),               // 67: tandem.v1.LogOptions
+	(*StreamOutput)(nil),             // 68: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 69: tandem.v1.LogEntry
 }
 var file_tandem_v1_guest_proto_depIdxs = []int32{
-	55, // 0: tandem.v1.GuestHelloResponse.uptime:type_name -> google.protobuf.Duration
-	55, // 1: tandem.v1.GuestHelloResponse.boot_to_agent:type_name -> google.protobuf.Duration
-	56, // 2: tandem.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	56, // 0: tandem.v1.GuestHelloResponse.uptime:type_name -> google.protobuf.Duration
+	56, // 1: tandem.v1.GuestHelloResponse.boot_to_agent:type_name -> google.protobuf.Duration
+	57, // 2: tandem.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	5,  // 3: tandem.v1.ConfigureNetworkRequest.nics:type_name -> tandem.v1.GuestNIC
-	57, // 4: tandem.v1.GuestResourcesResponse.usage:type_name -> tandem.v1.Usage
-	55, // 5: tandem.v1.ShutdownRequest.timeout:type_name -> google.protobuf.Duration
+	58, // 4: tandem.v1.GuestResourcesResponse.usage:type_name -> tandem.v1.Usage
+	56, // 5: tandem.v1.ShutdownRequest.timeout:type_name -> google.protobuf.Duration
 	23, // 6: tandem.v1.RuntimeSpec.mounts:type_name -> tandem.v1.RuntimeMount
-	58, // 7: tandem.v1.RuntimeSpec.files:type_name -> tandem.v1.File
-	59, // 8: tandem.v1.RuntimeSpec.ulimits:type_name -> tandem.v1.Ulimit
-	60, // 9: tandem.v1.RuntimeSpec.devices:type_name -> tandem.v1.Device
-	52, // 10: tandem.v1.RuntimeSpec.sysctls:type_name -> tandem.v1.RuntimeSpec.SysctlsEntry
-	61, // 11: tandem.v1.RuntimeSpec.resources:type_name -> tandem.v1.Resources
+	59, // 7: tandem.v1.RuntimeSpec.files:type_name -> tandem.v1.File
+	60, // 8: tandem.v1.RuntimeSpec.ulimits:type_name -> tandem.v1.Ulimit
+	61, // 9: tandem.v1.RuntimeSpec.devices:type_name -> tandem.v1.Device
+	53, // 10: tandem.v1.RuntimeSpec.sysctls:type_name -> tandem.v1.RuntimeSpec.SysctlsEntry
+	62, // 11: tandem.v1.RuntimeSpec.resources:type_name -> tandem.v1.Resources
 	24, // 12: tandem.v1.RuntimeSpec.network:type_name -> tandem.v1.RuntimeNetwork
-	62, // 13: tandem.v1.RuntimeSpec.log:type_name -> tandem.v1.LogConfig
-	53, // 14: tandem.v1.RuntimeSpec.labels:type_name -> tandem.v1.RuntimeSpec.LabelsEntry
+	63, // 13: tandem.v1.RuntimeSpec.log:type_name -> tandem.v1.LogConfig
+	54, // 14: tandem.v1.RuntimeSpec.labels:type_name -> tandem.v1.RuntimeSpec.LabelsEntry
 	0,  // 15: tandem.v1.RuntimeMount.type:type_name -> tandem.v1.RuntimeMount.Type
-	63, // 16: tandem.v1.RuntimeStatus.state:type_name -> tandem.v1.ContainerState
-	56, // 17: tandem.v1.RuntimeStatus.created_at:type_name -> google.protobuf.Timestamp
-	56, // 18: tandem.v1.RuntimeStatus.started_at:type_name -> google.protobuf.Timestamp
-	56, // 19: tandem.v1.RuntimeStatus.finished_at:type_name -> google.protobuf.Timestamp
-	54, // 20: tandem.v1.RuntimeStatus.labels:type_name -> tandem.v1.RuntimeStatus.LabelsEntry
-	22, // 21: tandem.v1.RuntimeCreateRequest.spec:type_name -> tandem.v1.RuntimeSpec
-	55, // 22: tandem.v1.RuntimeStopRequest.grace:type_name -> google.protobuf.Duration
-	25, // 23: tandem.v1.RuntimeStopResponse.status:type_name -> tandem.v1.RuntimeStatus
-	61, // 24: tandem.v1.RuntimeUpdateRequest.resources:type_name -> tandem.v1.Resources
-	25, // 25: tandem.v1.RuntimeWaitResponse.status:type_name -> tandem.v1.RuntimeStatus
-	25, // 26: tandem.v1.RuntimeListResponse.containers:type_name -> tandem.v1.RuntimeStatus
-	57, // 27: tandem.v1.RuntimeStatsResponse.usage:type_name -> tandem.v1.Usage
-	64, // 28: tandem.v1.RuntimeTopResponse.processes:type_name -> tandem.v1.Process
-	25, // 29: tandem.v1.RuntimeEvent.status:type_name -> tandem.v1.RuntimeStatus
-	56, // 30: tandem.v1.RuntimeEvent.at:type_name -> google.protobuf.Timestamp
-	1,  // 31: tandem.v1.GuestService.Hello:input_type -> tandem.v1.GuestHelloRequest
-	3,  // 32: tandem.v1.GuestService.Configure:input_type -> tandem.v1.ConfigureRequest
-	6,  // 33: tandem.v1.GuestService.ConfigureNetwork:input_type -> tandem.v1.ConfigureNetworkRequest
-	8,  // 34: tandem.v1.GuestService.Ping:input_type -> tandem.v1.PingRequest
-	10, // 35: tandem.v1.GuestService.Resources:input_type -> tandem.v1.GuestResourcesRequest
-	12, // 36: tandem.v1.GuestService.OfflineCPUs:input_type -> tandem.v1.OfflineCPUsRequest
-	14, // 37: tandem.v1.GuestService.Quiesce:input_type -> tandem.v1.QuiesceRequest
-	16, // 38: tandem.v1.GuestService.Shutdown:input_type -> tandem.v1.ShutdownRequest
-	18, // 39: tandem.v1.RuntimeService.Mount:input_type -> tandem.v1.MountDiskRequest
-	20, // 40: tandem.v1.RuntimeService.Unmount:input_type -> tandem.v1.UnmountDiskRequest
-	26, // 41: tandem.v1.RuntimeService.Create:input_type -> tandem.v1.RuntimeCreateRequest
-	28, // 42: tandem.v1.RuntimeService.Start:input_type -> tandem.v1.RuntimeStartRequest
-	30, // 43: tandem.v1.RuntimeService.Stop:input_type -> tandem.v1.RuntimeStopRequest
-	32, // 44: tandem.v1.RuntimeService.Kill:input_type -> tandem.v1.RuntimeKillRequest
-	34, // 45: tandem.v1.RuntimeService.Delete:input_type -> tandem.v1.RuntimeDeleteRequest
-	36, // 46: tandem.v1.RuntimeService.Pause:input_type -> tandem.v1.RuntimePauseRequest
-	38, // 47: tandem.v1.RuntimeService.Resume:input_type -> tandem.v1.RuntimeResumeRequest
-	40, // 48: tandem.v1.RuntimeService.Update:input_type -> tandem.v1.RuntimeUpdateRequest
-	42, // 49: tandem.v1.RuntimeService.Wait:input_type -> tandem.v1.RuntimeWaitRequest
-	44, // 50: tandem.v1.RuntimeService.List:input_type -> tandem.v1.RuntimeListRequest
-	46, // 51: tandem.v1.RuntimeService.Stats:input_type -> tandem.v1.RuntimeStatsRequest
-	48, // 52: tandem.v1.RuntimeService.Top:input_type -> tandem.v1.RuntimeTopRequest
-	65, // 53: tandem.v1.RuntimeService.Exec:input_type -> tandem.v1.StreamInput
-	65, // 54: tandem.v1.RuntimeService.Attach:input_type -> tandem.v1.StreamInput
-	66, // 55: tandem.v1.RuntimeService.Logs:input_type -> tandem.v1.LogOptions
-	50, // 56: tandem.v1.RuntimeService.Events:input_type -> tandem.v1.RuntimeEventsRequest
-	2,  // 57: tandem.v1.GuestService.Hello:output_type -> tandem.v1.GuestHelloResponse
-	4,  // 58: tandem.v1.GuestService.Configure:output_type -> tandem.v1.ConfigureResponse
-	7,  // 59: tandem.v1.GuestService.ConfigureNetwork:output_type -> tandem.v1.ConfigureNetworkResponse
-	9,  // 60: tandem.v1.GuestService.Ping:output_type -> tandem.v1.PingResponse
-	11, // 61: tandem.v1.GuestService.Resources:output_type -> tandem.v1.GuestResourcesResponse
-	13, // 62: tandem.v1.GuestService.OfflineCPUs:output_type -> tandem.v1.OfflineCPUsResponse
-	15, // 63: tandem.v1.GuestService.Quiesce:output_type -> tandem.v1.QuiesceResponse
-	17, // 64: tandem.v1.GuestService.Shutdown:output_type -> tandem.v1.ShutdownResponse
-	19, // 65: tandem.v1.RuntimeService.Mount:output_type -> tandem.v1.MountDiskResponse
-	21, // 66: tandem.v1.RuntimeService.Unmount:output_type -> tandem.v1.UnmountDiskResponse
-	27, // 67: tandem.v1.RuntimeService.Create:output_type -> tandem.v1.RuntimeCreateResponse
-	29, // 68: tandem.v1.RuntimeService.Start:output_type -> tandem.v1.RuntimeStartResponse
-	31, // 69: tandem.v1.RuntimeService.Stop:output_type -> tandem.v1.RuntimeStopResponse
-	33, // 70: tandem.v1.RuntimeService.Kill:output_type -> tandem.v1.RuntimeKillResponse
-	35, // 71: tandem.v1.RuntimeService.Delete:output_type -> tandem.v1.RuntimeDeleteResponse
-	37, // 72: tandem.v1.RuntimeService.Pause:output_type -> tandem.v1.RuntimePauseResponse
-	39, // 73: tandem.v1.RuntimeService.Resume:output_type -> tandem.v1.RuntimeResumeResponse
-	41, // 74: tandem.v1.RuntimeService.Update:output_type -> tandem.v1.RuntimeUpdateResponse
-	43, // 75: tandem.v1.RuntimeService.Wait:output_type -> tandem.v1.RuntimeWaitResponse
-	45, // 76: tandem.v1.RuntimeService.List:output_type -> tandem.v1.RuntimeListResponse
-	47, // 77: tandem.v1.RuntimeService.Stats:output_type -> tandem.v1.RuntimeStatsResponse
-	49, // 78: tandem.v1.RuntimeService.Top:output_type -> tandem.v1.RuntimeTopResponse
-	67, // 79: tandem.v1.RuntimeService.Exec:output_type -> tandem.v1.StreamOutput
-	67, // 80: tandem.v1.RuntimeService.Attach:output_type -> tandem.v1.StreamOutput
-	68, // 81: tandem.v1.RuntimeService.Logs:output_type -> tandem.v1.LogEntry
-	51, // 82: tandem.v1.RuntimeService.Events:output_type -> tandem.v1.RuntimeEvent
-	57, // [57:83] is the sub-list for method output_type
-	31, // [31:57] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	25, // 16: tandem.v1.RuntimeNetwork.addresses:type_name -> tandem.v1.RuntimeAddress
+	64, // 17: tandem.v1.RuntimeStatus.state:type_name -> tandem.v1.ContainerState
+	57, // 18: tandem.v1.RuntimeStatus.created_at:type_name -> google.protobuf.Timestamp
+	57, // 19: tandem.v1.RuntimeStatus.started_at:type_name -> google.protobuf.Timestamp
+	57, // 20: tandem.v1.RuntimeStatus.finished_at:type_name -> google.protobuf.Timestamp
+	55, // 21: tandem.v1.RuntimeStatus.labels:type_name -> tandem.v1.RuntimeStatus.LabelsEntry
+	22, // 22: tandem.v1.RuntimeCreateRequest.spec:type_name -> tandem.v1.RuntimeSpec
+	56, // 23: tandem.v1.RuntimeStopRequest.grace:type_name -> google.protobuf.Duration
+	26, // 24: tandem.v1.RuntimeStopResponse.status:type_name -> tandem.v1.RuntimeStatus
+	62, // 25: tandem.v1.RuntimeUpdateRequest.resources:type_name -> tandem.v1.Resources
+	26, // 26: tandem.v1.RuntimeWaitResponse.status:type_name -> tandem.v1.RuntimeStatus
+	26, // 27: tandem.v1.RuntimeListResponse.containers:type_name -> tandem.v1.RuntimeStatus
+	58, // 28: tandem.v1.RuntimeStatsResponse.usage:type_name -> tandem.v1.Usage
+	65, // 29: tandem.v1.RuntimeTopResponse.processes:type_name -> tandem.v1.Process
+	26, // 30: tandem.v1.RuntimeEvent.status:type_name -> tandem.v1.RuntimeStatus
+	57, // 31: tandem.v1.RuntimeEvent.at:type_name -> google.protobuf.Timestamp
+	1,  // 32: tandem.v1.GuestService.Hello:input_type -> tandem.v1.GuestHelloRequest
+	3,  // 33: tandem.v1.GuestService.Configure:input_type -> tandem.v1.ConfigureRequest
+	6,  // 34: tandem.v1.GuestService.ConfigureNetwork:input_type -> tandem.v1.ConfigureNetworkRequest
+	8,  // 35: tandem.v1.GuestService.Ping:input_type -> tandem.v1.PingRequest
+	10, // 36: tandem.v1.GuestService.Resources:input_type -> tandem.v1.GuestResourcesRequest
+	12, // 37: tandem.v1.GuestService.OfflineCPUs:input_type -> tandem.v1.OfflineCPUsRequest
+	14, // 38: tandem.v1.GuestService.Quiesce:input_type -> tandem.v1.QuiesceRequest
+	16, // 39: tandem.v1.GuestService.Shutdown:input_type -> tandem.v1.ShutdownRequest
+	18, // 40: tandem.v1.RuntimeService.Mount:input_type -> tandem.v1.MountDiskRequest
+	20, // 41: tandem.v1.RuntimeService.Unmount:input_type -> tandem.v1.UnmountDiskRequest
+	27, // 42: tandem.v1.RuntimeService.Create:input_type -> tandem.v1.RuntimeCreateRequest
+	29, // 43: tandem.v1.RuntimeService.Start:input_type -> tandem.v1.RuntimeStartRequest
+	31, // 44: tandem.v1.RuntimeService.Stop:input_type -> tandem.v1.RuntimeStopRequest
+	33, // 45: tandem.v1.RuntimeService.Kill:input_type -> tandem.v1.RuntimeKillRequest
+	35, // 46: tandem.v1.RuntimeService.Delete:input_type -> tandem.v1.RuntimeDeleteRequest
+	37, // 47: tandem.v1.RuntimeService.Pause:input_type -> tandem.v1.RuntimePauseRequest
+	39, // 48: tandem.v1.RuntimeService.Resume:input_type -> tandem.v1.RuntimeResumeRequest
+	41, // 49: tandem.v1.RuntimeService.Update:input_type -> tandem.v1.RuntimeUpdateRequest
+	43, // 50: tandem.v1.RuntimeService.Wait:input_type -> tandem.v1.RuntimeWaitRequest
+	45, // 51: tandem.v1.RuntimeService.List:input_type -> tandem.v1.RuntimeListRequest
+	47, // 52: tandem.v1.RuntimeService.Stats:input_type -> tandem.v1.RuntimeStatsRequest
+	49, // 53: tandem.v1.RuntimeService.Top:input_type -> tandem.v1.RuntimeTopRequest
+	66, // 54: tandem.v1.RuntimeService.Exec:input_type -> tandem.v1.StreamInput
+	66, // 55: tandem.v1.RuntimeService.Attach:input_type -> tandem.v1.StreamInput
+	67, // 56: tandem.v1.RuntimeService.Logs:input_type -> tandem.v1.LogOptions
+	51, // 57: tandem.v1.RuntimeService.Events:input_type -> tandem.v1.RuntimeEventsRequest
+	2,  // 58: tandem.v1.GuestService.Hello:output_type -> tandem.v1.GuestHelloResponse
+	4,  // 59: tandem.v1.GuestService.Configure:output_type -> tandem.v1.ConfigureResponse
+	7,  // 60: tandem.v1.GuestService.ConfigureNetwork:output_type -> tandem.v1.ConfigureNetworkResponse
+	9,  // 61: tandem.v1.GuestService.Ping:output_type -> tandem.v1.PingResponse
+	11, // 62: tandem.v1.GuestService.Resources:output_type -> tandem.v1.GuestResourcesResponse
+	13, // 63: tandem.v1.GuestService.OfflineCPUs:output_type -> tandem.v1.OfflineCPUsResponse
+	15, // 64: tandem.v1.GuestService.Quiesce:output_type -> tandem.v1.QuiesceResponse
+	17, // 65: tandem.v1.GuestService.Shutdown:output_type -> tandem.v1.ShutdownResponse
+	19, // 66: tandem.v1.RuntimeService.Mount:output_type -> tandem.v1.MountDiskResponse
+	21, // 67: tandem.v1.RuntimeService.Unmount:output_type -> tandem.v1.UnmountDiskResponse
+	28, // 68: tandem.v1.RuntimeService.Create:output_type -> tandem.v1.RuntimeCreateResponse
+	30, // 69: tandem.v1.RuntimeService.Start:output_type -> tandem.v1.RuntimeStartResponse
+	32, // 70: tandem.v1.RuntimeService.Stop:output_type -> tandem.v1.RuntimeStopResponse
+	34, // 71: tandem.v1.RuntimeService.Kill:output_type -> tandem.v1.RuntimeKillResponse
+	36, // 72: tandem.v1.RuntimeService.Delete:output_type -> tandem.v1.RuntimeDeleteResponse
+	38, // 73: tandem.v1.RuntimeService.Pause:output_type -> tandem.v1.RuntimePauseResponse
+	40, // 74: tandem.v1.RuntimeService.Resume:output_type -> tandem.v1.RuntimeResumeResponse
+	42, // 75: tandem.v1.RuntimeService.Update:output_type -> tandem.v1.RuntimeUpdateResponse
+	44, // 76: tandem.v1.RuntimeService.Wait:output_type -> tandem.v1.RuntimeWaitResponse
+	46, // 77: tandem.v1.RuntimeService.List:output_type -> tandem.v1.RuntimeListResponse
+	48, // 78: tandem.v1.RuntimeService.Stats:output_type -> tandem.v1.RuntimeStatsResponse
+	50, // 79: tandem.v1.RuntimeService.Top:output_type -> tandem.v1.RuntimeTopResponse
+	68, // 80: tandem.v1.RuntimeService.Exec:output_type -> tandem.v1.StreamOutput
+	68, // 81: tandem.v1.RuntimeService.Attach:output_type -> tandem.v1.StreamOutput
+	69, // 82: tandem.v1.RuntimeService.Logs:output_type -> tandem.v1.LogEntry
+	52, // 83: tandem.v1.RuntimeService.Events:output_type -> tandem.v1.RuntimeEvent
+	58, // [58:84] is the sub-list for method output_type
+	32, // [32:58] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_guest_proto_init() }
@@ -3357,7 +3435,7 @@ func file_tandem_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_guest_proto_rawDesc), len(file_tandem_v1_guest_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   54,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -631,14 +631,17 @@ func (x *Container) GetOneOff() bool {
 
 // Assignment is a decision of the planner.
 type Assignment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	HostId        string                 `protobuf:"bytes,1,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
-	MachineId     string                 `protobuf:"bytes,2,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // empty on metal
-	Ip            string                 `protobuf:"bytes,3,opt,name=ip,proto3" json:"ip,omitempty"`
-	NetworkId     string                 `protobuf:"bytes,4,opt,name=network_id,json=networkId,proto3" json:"network_id,omitempty"`
-	Reason        *Reason                `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	At            *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=at,proto3" json:"at,omitempty"`
-	Ports         []*PortMapping         `protobuf:"bytes,7,rep,name=ports,proto3" json:"ports,omitempty"` // with host ports filled in
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	HostId    string                 `protobuf:"bytes,1,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
+	MachineId string                 `protobuf:"bytes,2,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // empty on metal
+	Ip        string                 `protobuf:"bytes,3,opt,name=ip,proto3" json:"ip,omitempty"`
+	NetworkId string                 `protobuf:"bytes,4,opt,name=network_id,json=networkId,proto3" json:"network_id,omitempty"`
+	Reason    *Reason                `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	At        *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=at,proto3" json:"at,omitempty"`
+	Ports     []*PortMapping         `protobuf:"bytes,7,rep,name=ports,proto3" json:"ports,omitempty"` // with host ports filled in
+	// All addresses, in the order of the container's networks; the first is ip in
+	// network_id. Empty in older records, which have that one.
+	Addresses     []*NetworkAddress `protobuf:"bytes,8,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -718,6 +721,13 @@ func (x *Assignment) GetAt() *timestamppb.Timestamp {
 func (x *Assignment) GetPorts() []*PortMapping {
 	if x != nil {
 		return x.Ports
+	}
+	return nil
+}
+
+func (x *Assignment) GetAddresses() []*NetworkAddress {
+	if x != nil {
+		return x.Addresses
 	}
 	return nil
 }
@@ -1337,7 +1347,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	" \x01(\v2\x15.tandem.v1.AssignmentR\n" +
 	"assignment\x122\n" +
 	"\x06status\x18\v \x01(\v2\x1a.tandem.v1.ContainerStatusR\x06status\x12\x17\n" +
-	"\aone_off\x18\f \x01(\bR\x06oneOff\"\xf8\x01\n" +
+	"\aone_off\x18\f \x01(\bR\x06oneOff\"\xb1\x02\n" +
 	"\n" +
 	"Assignment\x12\x17\n" +
 	"\ahost_id\x18\x01 \x01(\tR\x06hostId\x12\x1d\n" +
@@ -1348,7 +1358,8 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"network_id\x18\x04 \x01(\tR\tnetworkId\x12)\n" +
 	"\x06reason\x18\x05 \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12*\n" +
 	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12,\n" +
-	"\x05ports\x18\a \x03(\v2\x16.tandem.v1.PortMappingR\x05ports\"\x85\x01\n" +
+	"\x05ports\x18\a \x03(\v2\x16.tandem.v1.PortMappingR\x05ports\x127\n" +
+	"\taddresses\x18\b \x03(\v2\x19.tandem.v1.NetworkAddressR\taddresses\"\x85\x01\n" +
 	"\x06Reason\x12\x18\n" +
 	"\asummary\x18\x01 \x01(\tR\asummary\x12+\n" +
 	"\aoptions\x18\x02 \x03(\v2\x11.tandem.v1.OptionR\aoptions\x124\n" +
@@ -1444,11 +1455,12 @@ var file_tandem_v1_records_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
 	(*ContainerStatus)(nil),       // 21: tandem.v1.ContainerStatus
 	(*PortMapping)(nil),           // 22: tandem.v1.PortMapping
-	(Isolation)(0),                // 23: tandem.v1.Isolation
-	(*Size)(nil),                  // 24: tandem.v1.Size
-	(*MachineStatus)(nil),         // 25: tandem.v1.MachineStatus
-	(*VolumeStatus)(nil),          // 26: tandem.v1.VolumeStatus
-	(*HostFacts)(nil),             // 27: tandem.v1.HostFacts
+	(*NetworkAddress)(nil),        // 23: tandem.v1.NetworkAddress
+	(Isolation)(0),                // 24: tandem.v1.Isolation
+	(*Size)(nil),                  // 25: tandem.v1.Size
+	(*MachineStatus)(nil),         // 26: tandem.v1.MachineStatus
+	(*VolumeStatus)(nil),          // 27: tandem.v1.VolumeStatus
+	(*HostFacts)(nil),             // 28: tandem.v1.HostFacts
 }
 var file_tandem_v1_records_proto_depIdxs = []int32{
 	18, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
@@ -1468,27 +1480,28 @@ var file_tandem_v1_records_proto_depIdxs = []int32{
 	7,  // 14: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
 	18, // 15: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
 	22, // 16: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
-	8,  // 17: tandem.v1.Reason.options:type_name -> tandem.v1.Option
-	9,  // 18: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
-	16, // 19: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
-	0,  // 20: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
-	23, // 21: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
-	24, // 22: tandem.v1.Machine.size:type_name -> tandem.v1.Size
-	24, // 23: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
-	25, // 24: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
-	7,  // 25: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
-	24, // 26: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
-	0,  // 27: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
-	17, // 28: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
-	26, // 29: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
-	0,  // 30: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
-	27, // 31: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
-	18, // 32: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
-	33, // [33:33] is the sub-list for method output_type
-	33, // [33:33] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	23, // 17: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
+	8,  // 18: tandem.v1.Reason.options:type_name -> tandem.v1.Option
+	9,  // 19: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
+	16, // 20: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
+	0,  // 21: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
+	24, // 22: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
+	25, // 23: tandem.v1.Machine.size:type_name -> tandem.v1.Size
+	25, // 24: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
+	26, // 25: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
+	7,  // 26: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
+	25, // 27: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
+	0,  // 28: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
+	17, // 29: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
+	27, // 30: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
+	0,  // 31: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
+	28, // 32: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
+	18, // 33: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_records_proto_init() }

@@ -1164,6 +1164,67 @@ func (x *NetworkAttachment) GetIpv4() string {
 	return ""
 }
 
+// NetworkAddress is a container's address in one of its networks.
+type NetworkAddress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NetworkId     string                 `protobuf:"bytes,1,opt,name=network_id,json=networkId,proto3" json:"network_id,omitempty"`
+	Network       string                 `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // its name inside the project
+	Ip            string                 `protobuf:"bytes,3,opt,name=ip,proto3" json:"ip,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkAddress) Reset() {
+	*x = NetworkAddress{}
+	mi := &file_tandem_v1_types_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkAddress) ProtoMessage() {}
+
+func (x *NetworkAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_types_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkAddress.ProtoReflect.Descriptor instead.
+func (*NetworkAddress) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *NetworkAddress) GetNetworkId() string {
+	if x != nil {
+		return x.NetworkId
+	}
+	return ""
+}
+
+func (x *NetworkAddress) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *NetworkAddress) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
+}
+
 type LogConfig struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	MaxSizeBytes  int64                  `protobuf:"varint,1,opt,name=max_size_bytes,json=maxSizeBytes,proto3" json:"max_size_bytes,omitempty"` // rotate at this size; 0 = 10 MiB
@@ -1174,7 +1235,7 @@ type LogConfig struct {
 
 func (x *LogConfig) Reset() {
 	*x = LogConfig{}
-	mi := &file_tandem_v1_types_proto_msgTypes[11]
+	mi := &file_tandem_v1_types_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1247,7 @@ func (x *LogConfig) String() string {
 func (*LogConfig) ProtoMessage() {}
 
 func (x *LogConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[11]
+	mi := &file_tandem_v1_types_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1260,7 @@ func (x *LogConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogConfig.ProtoReflect.Descriptor instead.
 func (*LogConfig) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LogConfig) GetMaxSizeBytes() int64 {
@@ -1272,7 +1333,7 @@ type ContainerSpec struct {
 
 func (x *ContainerSpec) Reset() {
 	*x = ContainerSpec{}
-	mi := &file_tandem_v1_types_proto_msgTypes[12]
+	mi := &file_tandem_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1345,7 @@ func (x *ContainerSpec) String() string {
 func (*ContainerSpec) ProtoMessage() {}
 
 func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[12]
+	mi := &file_tandem_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1358,7 @@ func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerSpec.ProtoReflect.Descriptor instead.
 func (*ContainerSpec) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ContainerSpec) GetImage() string {
@@ -1643,7 +1704,7 @@ type Dependency struct {
 
 func (x *Dependency) Reset() {
 	*x = Dependency{}
-	mi := &file_tandem_v1_types_proto_msgTypes[13]
+	mi := &file_tandem_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1716,7 @@ func (x *Dependency) String() string {
 func (*Dependency) ProtoMessage() {}
 
 func (x *Dependency) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[13]
+	mi := &file_tandem_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1729,7 @@ func (x *Dependency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Dependency.ProtoReflect.Descriptor instead.
 func (*Dependency) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Dependency) GetService() string {
@@ -1723,14 +1784,16 @@ type ContainerStatus struct {
 	ObservedRestartGeneration uint64                 `protobuf:"varint,18,opt,name=observed_restart_generation,json=observedRestartGeneration,proto3" json:"observed_restart_generation,omitempty"`
 	CreatedAt                 *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	// While it is CREATING: its runtime has it, and who attaches now misses nothing.
-	Attachable    bool `protobuf:"varint,20,opt,name=attachable,proto3" json:"attachable,omitempty"`
+	Attachable bool `protobuf:"varint,20,opt,name=attachable,proto3" json:"attachable,omitempty"`
+	// All addresses, ip first, of a container in several networks.
+	Ips           []string `protobuf:"bytes,21,rep,name=ips,proto3" json:"ips,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerStatus) Reset() {
 	*x = ContainerStatus{}
-	mi := &file_tandem_v1_types_proto_msgTypes[14]
+	mi := &file_tandem_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1742,7 +1805,7 @@ func (x *ContainerStatus) String() string {
 func (*ContainerStatus) ProtoMessage() {}
 
 func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[14]
+	mi := &file_tandem_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1755,7 +1818,7 @@ func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
 func (*ContainerStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ContainerStatus) GetId() string {
@@ -1898,6 +1961,13 @@ func (x *ContainerStatus) GetAttachable() bool {
 	return false
 }
 
+func (x *ContainerStatus) GetIps() []string {
+	if x != nil {
+		return x.Ips
+	}
+	return nil
+}
+
 // MachineStatus is what was seen of one machine.
 type MachineStatus struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
@@ -1922,7 +1992,7 @@ type MachineStatus struct {
 
 func (x *MachineStatus) Reset() {
 	*x = MachineStatus{}
-	mi := &file_tandem_v1_types_proto_msgTypes[15]
+	mi := &file_tandem_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2004,7 @@ func (x *MachineStatus) String() string {
 func (*MachineStatus) ProtoMessage() {}
 
 func (x *MachineStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[15]
+	mi := &file_tandem_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2017,7 @@ func (x *MachineStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineStatus.ProtoReflect.Descriptor instead.
 func (*MachineStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MachineStatus) GetId() string {
@@ -2081,7 +2151,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_tandem_v1_types_proto_msgTypes[16]
+	mi := &file_tandem_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2163,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[16]
+	mi := &file_tandem_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2176,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{16}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Usage) GetAt() *timestamppb.Timestamp {
@@ -2246,7 +2316,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_tandem_v1_types_proto_msgTypes[17]
+	mi := &file_tandem_v1_types_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2258,7 +2328,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[17]
+	mi := &file_tandem_v1_types_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2271,7 +2341,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{17}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Progress) GetId() string {
@@ -2354,7 +2424,7 @@ type StreamOutput struct {
 
 func (x *StreamOutput) Reset() {
 	*x = StreamOutput{}
-	mi := &file_tandem_v1_types_proto_msgTypes[18]
+	mi := &file_tandem_v1_types_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2436,7 @@ func (x *StreamOutput) String() string {
 func (*StreamOutput) ProtoMessage() {}
 
 func (x *StreamOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[18]
+	mi := &file_tandem_v1_types_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2449,7 @@ func (x *StreamOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamOutput.ProtoReflect.Descriptor instead.
 func (*StreamOutput) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{18}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StreamOutput) GetKind() isStreamOutput_Kind {
@@ -2479,7 +2549,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_tandem_v1_types_proto_msgTypes[19]
+	mi := &file_tandem_v1_types_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2491,7 +2561,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[19]
+	mi := &file_tandem_v1_types_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2504,7 +2574,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{19}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -2541,7 +2611,7 @@ type ExecSpec struct {
 
 func (x *ExecSpec) Reset() {
 	*x = ExecSpec{}
-	mi := &file_tandem_v1_types_proto_msgTypes[20]
+	mi := &file_tandem_v1_types_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2553,7 +2623,7 @@ func (x *ExecSpec) String() string {
 func (*ExecSpec) ProtoMessage() {}
 
 func (x *ExecSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[20]
+	mi := &file_tandem_v1_types_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2566,7 +2636,7 @@ func (x *ExecSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecSpec.ProtoReflect.Descriptor instead.
 func (*ExecSpec) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{20}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecSpec) GetContainerId() string {
@@ -2666,7 +2736,7 @@ type StreamInput struct {
 
 func (x *StreamInput) Reset() {
 	*x = StreamInput{}
-	mi := &file_tandem_v1_types_proto_msgTypes[21]
+	mi := &file_tandem_v1_types_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2678,7 +2748,7 @@ func (x *StreamInput) String() string {
 func (*StreamInput) ProtoMessage() {}
 
 func (x *StreamInput) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[21]
+	mi := &file_tandem_v1_types_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2691,7 +2761,7 @@ func (x *StreamInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamInput.ProtoReflect.Descriptor instead.
 func (*StreamInput) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{21}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StreamInput) GetKind() isStreamInput_Kind {
@@ -2821,7 +2891,7 @@ type AttachSpec struct {
 
 func (x *AttachSpec) Reset() {
 	*x = AttachSpec{}
-	mi := &file_tandem_v1_types_proto_msgTypes[22]
+	mi := &file_tandem_v1_types_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +2903,7 @@ func (x *AttachSpec) String() string {
 func (*AttachSpec) ProtoMessage() {}
 
 func (x *AttachSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[22]
+	mi := &file_tandem_v1_types_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +2916,7 @@ func (x *AttachSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachSpec.ProtoReflect.Descriptor instead.
 func (*AttachSpec) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{22}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AttachSpec) GetContainerId() string {
@@ -2879,7 +2949,7 @@ type ConsoleSpec struct {
 
 func (x *ConsoleSpec) Reset() {
 	*x = ConsoleSpec{}
-	mi := &file_tandem_v1_types_proto_msgTypes[23]
+	mi := &file_tandem_v1_types_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +2961,7 @@ func (x *ConsoleSpec) String() string {
 func (*ConsoleSpec) ProtoMessage() {}
 
 func (x *ConsoleSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[23]
+	mi := &file_tandem_v1_types_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,7 +2974,7 @@ func (x *ConsoleSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleSpec.ProtoReflect.Descriptor instead.
 func (*ConsoleSpec) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{23}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ConsoleSpec) GetMachineId() string {
@@ -2930,7 +3000,7 @@ type LogOptions struct {
 
 func (x *LogOptions) Reset() {
 	*x = LogOptions{}
-	mi := &file_tandem_v1_types_proto_msgTypes[24]
+	mi := &file_tandem_v1_types_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2942,7 +3012,7 @@ func (x *LogOptions) String() string {
 func (*LogOptions) ProtoMessage() {}
 
 func (x *LogOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[24]
+	mi := &file_tandem_v1_types_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2955,7 +3025,7 @@ func (x *LogOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogOptions.ProtoReflect.Descriptor instead.
 func (*LogOptions) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{24}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *LogOptions) GetContainerId() string {
@@ -3020,7 +3090,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_tandem_v1_types_proto_msgTypes[25]
+	mi := &file_tandem_v1_types_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3032,7 +3102,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[25]
+	mi := &file_tandem_v1_types_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3045,7 +3115,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{25}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -3100,7 +3170,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_tandem_v1_types_proto_msgTypes[26]
+	mi := &file_tandem_v1_types_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3182,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[26]
+	mi := &file_tandem_v1_types_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3195,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{26}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Process) GetPid() int64 {
@@ -3200,7 +3270,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_tandem_v1_types_proto_msgTypes[27]
+	mi := &file_tandem_v1_types_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3212,7 +3282,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[27]
+	mi := &file_tandem_v1_types_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3225,7 +3295,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{27}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Event) GetAt() *timestamppb.Timestamp {
@@ -3297,7 +3367,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_tandem_v1_types_proto_msgTypes[28]
+	mi := &file_tandem_v1_types_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3309,7 +3379,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[28]
+	mi := &file_tandem_v1_types_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3322,7 +3392,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{28}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Image) GetId() string {
@@ -3421,7 +3491,7 @@ type ImageConfig struct {
 
 func (x *ImageConfig) Reset() {
 	*x = ImageConfig{}
-	mi := &file_tandem_v1_types_proto_msgTypes[29]
+	mi := &file_tandem_v1_types_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3433,7 +3503,7 @@ func (x *ImageConfig) String() string {
 func (*ImageConfig) ProtoMessage() {}
 
 func (x *ImageConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_types_proto_msgTypes[29]
+	mi := &file_tandem_v1_types_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3446,7 +3516,7 @@ func (x *ImageConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageConfig.ProtoReflect.Descriptor instead.
 func (*ImageConfig) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_types_proto_rawDescGZIP(), []int{29}
+	return file_tandem_v1_types_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ImageConfig) GetEntrypoint() []string {
@@ -3594,7 +3664,12 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\x11NetworkAttachment\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12\x12\n" +
-	"\x04ipv4\x18\x03 \x01(\tR\x04ipv4\"N\n" +
+	"\x04ipv4\x18\x03 \x01(\tR\x04ipv4\"Y\n" +
+	"\x0eNetworkAddress\x12\x1d\n" +
+	"\n" +
+	"network_id\x18\x01 \x01(\tR\tnetworkId\x12\x18\n" +
+	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x0e\n" +
+	"\x02ip\x18\x03 \x01(\tR\x02ip\"N\n" +
 	"\tLogConfig\x12$\n" +
 	"\x0emax_size_bytes\x18\x01 \x01(\x03R\fmaxSizeBytes\x12\x1b\n" +
 	"\tmax_files\x18\x02 \x01(\x05R\bmaxFiles\"\xf8\x0f\n" +
@@ -3677,7 +3752,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x1c\n" +
 	"\tcondition\x18\x02 \x01(\tR\tcondition\x12\x1a\n" +
 	"\brequired\x18\x03 \x01(\bR\brequired\x12\x18\n" +
-	"\arestart\x18\x04 \x01(\bR\arestart\"\xfd\x05\n" +
+	"\arestart\x18\x04 \x01(\bR\arestart\"\x8f\x06\n" +
 	"\x0fContainerStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x19.tandem.v1.ContainerStateR\x05state\x12\x1b\n" +
@@ -3706,7 +3781,8 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"created_at\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1e\n" +
 	"\n" +
 	"attachable\x18\x14 \x01(\bR\n" +
-	"attachable\"\xb1\x04\n" +
+	"attachable\x12\x10\n" +
+	"\x03ips\x18\x15 \x03(\tR\x03ips\"\xb1\x04\n" +
 	"\rMachineStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12-\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x17.tandem.v1.MachineStateR\x05state\x12#\n" +
@@ -3927,7 +4003,7 @@ func file_tandem_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_tandem_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_tandem_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_tandem_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_tandem_v1_types_proto_goTypes = []any{
 	(Isolation)(0),                // 0: tandem.v1.Isolation
 	(WorkClass)(0),                // 1: tandem.v1.WorkClass
@@ -3946,38 +4022,39 @@ var file_tandem_v1_types_proto_goTypes = []any{
 	(*Device)(nil),                // 14: tandem.v1.Device
 	(*File)(nil),                  // 15: tandem.v1.File
 	(*NetworkAttachment)(nil),     // 16: tandem.v1.NetworkAttachment
-	(*LogConfig)(nil),             // 17: tandem.v1.LogConfig
-	(*ContainerSpec)(nil),         // 18: tandem.v1.ContainerSpec
-	(*Dependency)(nil),            // 19: tandem.v1.Dependency
-	(*ContainerStatus)(nil),       // 20: tandem.v1.ContainerStatus
-	(*MachineStatus)(nil),         // 21: tandem.v1.MachineStatus
-	(*Usage)(nil),                 // 22: tandem.v1.Usage
-	(*Progress)(nil),              // 23: tandem.v1.Progress
-	(*StreamOutput)(nil),          // 24: tandem.v1.StreamOutput
-	(*WindowSize)(nil),            // 25: tandem.v1.WindowSize
-	(*ExecSpec)(nil),              // 26: tandem.v1.ExecSpec
-	(*StreamInput)(nil),           // 27: tandem.v1.StreamInput
-	(*AttachSpec)(nil),            // 28: tandem.v1.AttachSpec
-	(*ConsoleSpec)(nil),           // 29: tandem.v1.ConsoleSpec
-	(*LogOptions)(nil),            // 30: tandem.v1.LogOptions
-	(*LogEntry)(nil),              // 31: tandem.v1.LogEntry
-	(*Process)(nil),               // 32: tandem.v1.Process
-	(*Event)(nil),                 // 33: tandem.v1.Event
-	(*Image)(nil),                 // 34: tandem.v1.Image
-	(*ImageConfig)(nil),           // 35: tandem.v1.ImageConfig
-	nil,                           // 36: tandem.v1.ContainerSpec.SysctlsEntry
-	nil,                           // 37: tandem.v1.ContainerSpec.LabelsEntry
-	nil,                           // 38: tandem.v1.ContainerSpec.AnnotationsEntry
-	nil,                           // 39: tandem.v1.Event.AttributesEntry
-	nil,                           // 40: tandem.v1.ImageConfig.LabelsEntry
-	(*durationpb.Duration)(nil),   // 41: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(*NetworkAddress)(nil),        // 17: tandem.v1.NetworkAddress
+	(*LogConfig)(nil),             // 18: tandem.v1.LogConfig
+	(*ContainerSpec)(nil),         // 19: tandem.v1.ContainerSpec
+	(*Dependency)(nil),            // 20: tandem.v1.Dependency
+	(*ContainerStatus)(nil),       // 21: tandem.v1.ContainerStatus
+	(*MachineStatus)(nil),         // 22: tandem.v1.MachineStatus
+	(*Usage)(nil),                 // 23: tandem.v1.Usage
+	(*Progress)(nil),              // 24: tandem.v1.Progress
+	(*StreamOutput)(nil),          // 25: tandem.v1.StreamOutput
+	(*WindowSize)(nil),            // 26: tandem.v1.WindowSize
+	(*ExecSpec)(nil),              // 27: tandem.v1.ExecSpec
+	(*StreamInput)(nil),           // 28: tandem.v1.StreamInput
+	(*AttachSpec)(nil),            // 29: tandem.v1.AttachSpec
+	(*ConsoleSpec)(nil),           // 30: tandem.v1.ConsoleSpec
+	(*LogOptions)(nil),            // 31: tandem.v1.LogOptions
+	(*LogEntry)(nil),              // 32: tandem.v1.LogEntry
+	(*Process)(nil),               // 33: tandem.v1.Process
+	(*Event)(nil),                 // 34: tandem.v1.Event
+	(*Image)(nil),                 // 35: tandem.v1.Image
+	(*ImageConfig)(nil),           // 36: tandem.v1.ImageConfig
+	nil,                           // 37: tandem.v1.ContainerSpec.SysctlsEntry
+	nil,                           // 38: tandem.v1.ContainerSpec.LabelsEntry
+	nil,                           // 39: tandem.v1.ContainerSpec.AnnotationsEntry
+	nil,                           // 40: tandem.v1.Event.AttributesEntry
+	nil,                           // 41: tandem.v1.ImageConfig.LabelsEntry
+	(*durationpb.Duration)(nil),   // 42: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
 }
 var file_tandem_v1_types_proto_depIdxs = []int32{
-	41, // 0: tandem.v1.HealthCheck.interval:type_name -> google.protobuf.Duration
-	41, // 1: tandem.v1.HealthCheck.timeout:type_name -> google.protobuf.Duration
-	41, // 2: tandem.v1.HealthCheck.start_period:type_name -> google.protobuf.Duration
-	41, // 3: tandem.v1.HealthCheck.start_interval:type_name -> google.protobuf.Duration
+	42, // 0: tandem.v1.HealthCheck.interval:type_name -> google.protobuf.Duration
+	42, // 1: tandem.v1.HealthCheck.timeout:type_name -> google.protobuf.Duration
+	42, // 2: tandem.v1.HealthCheck.start_period:type_name -> google.protobuf.Duration
+	42, // 3: tandem.v1.HealthCheck.start_interval:type_name -> google.protobuf.Duration
 	5,  // 4: tandem.v1.Mount.type:type_name -> tandem.v1.Mount.Type
 	7,  // 5: tandem.v1.ContainerSpec.entrypoint:type_name -> tandem.v1.StringList
 	7,  // 6: tandem.v1.ContainerSpec.command:type_name -> tandem.v1.StringList
@@ -3985,46 +4062,46 @@ var file_tandem_v1_types_proto_depIdxs = []int32{
 	15, // 8: tandem.v1.ContainerSpec.files:type_name -> tandem.v1.File
 	13, // 9: tandem.v1.ContainerSpec.ulimits:type_name -> tandem.v1.Ulimit
 	14, // 10: tandem.v1.ContainerSpec.devices:type_name -> tandem.v1.Device
-	36, // 11: tandem.v1.ContainerSpec.sysctls:type_name -> tandem.v1.ContainerSpec.SysctlsEntry
-	37, // 12: tandem.v1.ContainerSpec.labels:type_name -> tandem.v1.ContainerSpec.LabelsEntry
+	37, // 11: tandem.v1.ContainerSpec.sysctls:type_name -> tandem.v1.ContainerSpec.SysctlsEntry
+	38, // 12: tandem.v1.ContainerSpec.labels:type_name -> tandem.v1.ContainerSpec.LabelsEntry
 	8,  // 13: tandem.v1.ContainerSpec.resources:type_name -> tandem.v1.Resources
 	9,  // 14: tandem.v1.ContainerSpec.restart:type_name -> tandem.v1.RestartPolicy
 	10, // 15: tandem.v1.ContainerSpec.healthcheck:type_name -> tandem.v1.HealthCheck
-	41, // 16: tandem.v1.ContainerSpec.stop_grace_period:type_name -> google.protobuf.Duration
+	42, // 16: tandem.v1.ContainerSpec.stop_grace_period:type_name -> google.protobuf.Duration
 	12, // 17: tandem.v1.ContainerSpec.ports:type_name -> tandem.v1.PortMapping
 	16, // 18: tandem.v1.ContainerSpec.networks:type_name -> tandem.v1.NetworkAttachment
-	17, // 19: tandem.v1.ContainerSpec.log:type_name -> tandem.v1.LogConfig
+	18, // 19: tandem.v1.ContainerSpec.log:type_name -> tandem.v1.LogConfig
 	0,  // 20: tandem.v1.ContainerSpec.isolation:type_name -> tandem.v1.Isolation
 	1,  // 21: tandem.v1.ContainerSpec.work_class:type_name -> tandem.v1.WorkClass
-	19, // 22: tandem.v1.ContainerSpec.depends_on:type_name -> tandem.v1.Dependency
-	38, // 23: tandem.v1.ContainerSpec.annotations:type_name -> tandem.v1.ContainerSpec.AnnotationsEntry
+	20, // 22: tandem.v1.ContainerSpec.depends_on:type_name -> tandem.v1.Dependency
+	39, // 23: tandem.v1.ContainerSpec.annotations:type_name -> tandem.v1.ContainerSpec.AnnotationsEntry
 	2,  // 24: tandem.v1.ContainerStatus.state:type_name -> tandem.v1.ContainerState
-	42, // 25: tandem.v1.ContainerStatus.started_at:type_name -> google.protobuf.Timestamp
-	42, // 26: tandem.v1.ContainerStatus.finished_at:type_name -> google.protobuf.Timestamp
+	43, // 25: tandem.v1.ContainerStatus.started_at:type_name -> google.protobuf.Timestamp
+	43, // 26: tandem.v1.ContainerStatus.finished_at:type_name -> google.protobuf.Timestamp
 	3,  // 27: tandem.v1.ContainerStatus.health:type_name -> tandem.v1.Health
-	42, // 28: tandem.v1.ContainerStatus.created_at:type_name -> google.protobuf.Timestamp
+	43, // 28: tandem.v1.ContainerStatus.created_at:type_name -> google.protobuf.Timestamp
 	4,  // 29: tandem.v1.MachineStatus.state:type_name -> tandem.v1.MachineState
 	6,  // 30: tandem.v1.MachineStatus.size:type_name -> tandem.v1.Size
-	41, // 31: tandem.v1.MachineStatus.start_duration:type_name -> google.protobuf.Duration
-	42, // 32: tandem.v1.MachineStatus.started_at:type_name -> google.protobuf.Timestamp
-	22, // 33: tandem.v1.MachineStatus.usage:type_name -> tandem.v1.Usage
-	42, // 34: tandem.v1.Usage.at:type_name -> google.protobuf.Timestamp
-	42, // 35: tandem.v1.Progress.at:type_name -> google.protobuf.Timestamp
-	25, // 36: tandem.v1.ExecSpec.window:type_name -> tandem.v1.WindowSize
-	41, // 37: tandem.v1.ExecSpec.timeout:type_name -> google.protobuf.Duration
-	26, // 38: tandem.v1.StreamInput.exec:type_name -> tandem.v1.ExecSpec
-	28, // 39: tandem.v1.StreamInput.attach:type_name -> tandem.v1.AttachSpec
-	25, // 40: tandem.v1.StreamInput.resize:type_name -> tandem.v1.WindowSize
-	29, // 41: tandem.v1.StreamInput.console:type_name -> tandem.v1.ConsoleSpec
-	42, // 42: tandem.v1.LogOptions.since:type_name -> google.protobuf.Timestamp
-	42, // 43: tandem.v1.LogOptions.until:type_name -> google.protobuf.Timestamp
-	42, // 44: tandem.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	42, // 45: tandem.v1.Process.started_at:type_name -> google.protobuf.Timestamp
-	42, // 46: tandem.v1.Event.at:type_name -> google.protobuf.Timestamp
-	39, // 47: tandem.v1.Event.attributes:type_name -> tandem.v1.Event.AttributesEntry
-	42, // 48: tandem.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	35, // 49: tandem.v1.Image.config:type_name -> tandem.v1.ImageConfig
-	40, // 50: tandem.v1.ImageConfig.labels:type_name -> tandem.v1.ImageConfig.LabelsEntry
+	42, // 31: tandem.v1.MachineStatus.start_duration:type_name -> google.protobuf.Duration
+	43, // 32: tandem.v1.MachineStatus.started_at:type_name -> google.protobuf.Timestamp
+	23, // 33: tandem.v1.MachineStatus.usage:type_name -> tandem.v1.Usage
+	43, // 34: tandem.v1.Usage.at:type_name -> google.protobuf.Timestamp
+	43, // 35: tandem.v1.Progress.at:type_name -> google.protobuf.Timestamp
+	26, // 36: tandem.v1.ExecSpec.window:type_name -> tandem.v1.WindowSize
+	42, // 37: tandem.v1.ExecSpec.timeout:type_name -> google.protobuf.Duration
+	27, // 38: tandem.v1.StreamInput.exec:type_name -> tandem.v1.ExecSpec
+	29, // 39: tandem.v1.StreamInput.attach:type_name -> tandem.v1.AttachSpec
+	26, // 40: tandem.v1.StreamInput.resize:type_name -> tandem.v1.WindowSize
+	30, // 41: tandem.v1.StreamInput.console:type_name -> tandem.v1.ConsoleSpec
+	43, // 42: tandem.v1.LogOptions.since:type_name -> google.protobuf.Timestamp
+	43, // 43: tandem.v1.LogOptions.until:type_name -> google.protobuf.Timestamp
+	43, // 44: tandem.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	43, // 45: tandem.v1.Process.started_at:type_name -> google.protobuf.Timestamp
+	43, // 46: tandem.v1.Event.at:type_name -> google.protobuf.Timestamp
+	40, // 47: tandem.v1.Event.attributes:type_name -> tandem.v1.Event.AttributesEntry
+	43, // 48: tandem.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	36, // 49: tandem.v1.Image.config:type_name -> tandem.v1.ImageConfig
+	41, // 50: tandem.v1.ImageConfig.labels:type_name -> tandem.v1.ImageConfig.LabelsEntry
 	10, // 51: tandem.v1.ImageConfig.healthcheck:type_name -> tandem.v1.HealthCheck
 	52, // [52:52] is the sub-list for method output_type
 	52, // [52:52] is the sub-list for method input_type
@@ -4038,14 +4115,14 @@ func file_tandem_v1_types_proto_init() {
 	if File_tandem_v1_types_proto != nil {
 		return
 	}
-	file_tandem_v1_types_proto_msgTypes[18].OneofWrappers = []any{
+	file_tandem_v1_types_proto_msgTypes[19].OneofWrappers = []any{
 		(*StreamOutput_Stdout)(nil),
 		(*StreamOutput_Stderr)(nil),
 		(*StreamOutput_ExitCode)(nil),
 		(*StreamOutput_Started)(nil),
 		(*StreamOutput_Ended)(nil),
 	}
-	file_tandem_v1_types_proto_msgTypes[21].OneofWrappers = []any{
+	file_tandem_v1_types_proto_msgTypes[22].OneofWrappers = []any{
 		(*StreamInput_Exec)(nil),
 		(*StreamInput_Attach)(nil),
 		(*StreamInput_Stdin)(nil),
@@ -4060,7 +4137,7 @@ func file_tandem_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_types_proto_rawDesc), len(file_tandem_v1_types_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   35,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -369,6 +369,9 @@ func (h *Host) status(seen uint64, full bool) *v1.HostStatus {
 		if full || h.touched[id] > seen {
 			x := proto.Clone(h.containers[id].st).(*v1.ContainerStatus)
 			x.Ip = h.containers[id].a.GetIp()
+			for _, a := range h.containers[id].a.GetAddresses() {
+				x.Ips = append(x.Ips, a.Ip)
+			}
 			st.Containers = append(st.Containers, x)
 		}
 	}

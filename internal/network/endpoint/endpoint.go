@@ -5,6 +5,10 @@
 //	tdv<hash>  ee:ee:ee:ee:ee:ee  ◄─ veth ─►  eth0  10.x.y.z/32
 //	route 10.x.y.z/32 dev tdv<hash>           default via 169.254.1.1 on-link
 //
+// A container in several networks has an address in each, all on eth0, and for each
+// network a route that makes its address there the source. With Options.Separate the
+// kernel keeps networks apart (see separate.go); on hosts, package hostnet does.
+//
 // Everything is routed; nothing is bridged. Neighbours are pinned on both
 // sides, so that no packet ever waits for ARP; proxy ARP is on for whoever asks
 // all the same. The kernel checks sources itself: rp_filter is strict on the
@@ -73,6 +77,9 @@ type Options struct {
 	// Prefix begins interface names: 1 to 4 lower-case letters; DefaultPrefix if
 	// empty. Two managers on one kernel need two prefixes and two directories.
 	Prefix string
+	// Separate keeps this kernel from passing packets from one network to another:
+	// for kernels on which nothing else does.
+	Separate bool
 }
 
 // Manager makes and removes links. Its methods may be called from any
@@ -82,6 +89,7 @@ type Manager struct {
 	prefix string
 	nl     *netlink.Handle
 	locks  [64]sync.Mutex
+	apart  *borders // nil: does not separate
 }
 
 // New returns a manager for the network namespace that the calling thread is in.
@@ -102,7 +110,11 @@ func New(o Options) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
-	return &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl}, nil
+	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl}
+	if o.Separate {
+		m.apart = &borders{nl: nl, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}
+	}
+	return m, nil
 }
 
 // Close lets go of the manager's socket; links stay.
@@ -191,6 +203,9 @@ func (m *Manager) Teardown(ctx context.Context, id string) error {
 	if err := removeNetns(filepath.Join(m.dir, id)); err != nil {
 		return fmt.Errorf("network namespace of %s: %w", id, err)
 	}
+	if err := m.apart.forget(id); err != nil {
+		return fmt.Errorf("borders of networks: %w", err)
+	}
 	return nil
 }
 
@@ -240,11 +255,31 @@ func isNotFound(err error) bool {
 
 // wanted is a RuntimeNetwork, checked.
 type wanted struct {
-	none bool
-	addr netip.Addr
-	gw   netip.Addr
-	mtu  int
+	none   bool
+	addr   netip.Addr // the first
+	addrs  []address  // all
+	source netip.Addr
+	gw     netip.Addr
+	mtu    int
 }
+
+// address is one in a network, which may be unknown.
+type address struct {
+	ip  netip.Addr
+	net netip.Prefix
+}
+
+func (w wanted) has(prefix string) bool {
+	for _, a := range w.addrs {
+		if a.ip.String()+"/32" == prefix {
+			return true
+		}
+	}
+	return false
+}
+
+// maxAddresses of one container: a project may have 100 networks.
+const maxAddresses = 128
 
 func parse(id string, n *v1.RuntimeNetwork) (wanted, error) {
 	bad := func(format string, a ...any) (wanted, error) {
@@ -263,17 +298,45 @@ func parse(id string, n *v1.RuntimeNetwork) (wanted, error) {
 		return bad("unknown mode %q", n.GetMode())
 	}
 	w := wanted{mtu: DefaultMTU}
-	p, err := netip.ParsePrefix(n.GetAddress())
-	if err != nil || !p.Addr().Is4() || p.Bits() != 32 || !usable(p.Addr()) {
-		return bad("address %q: must be an IPv4 unicast address with /32", n.GetAddress())
+	list := n.GetAddresses()
+	if len(list) == 0 {
+		list = []*v1.RuntimeAddress{{Address: n.GetAddress()}}
 	}
-	w.addr = p.Addr()
+	if len(list) > maxAddresses {
+		return bad("%d addresses are more than %d", len(list), maxAddresses)
+	}
+	if list[0].GetAddress() != n.GetAddress() {
+		return bad("the first of its addresses, %q, is not %q", list[0].GetAddress(), n.GetAddress())
+	}
+	for _, x := range list {
+		p, err := netip.ParsePrefix(x.GetAddress())
+		if err != nil || !p.Addr().Is4() || p.Bits() != 32 || !usable(p.Addr()) || w.has(p.String()) {
+			return bad("address %q: must be an IPv4 unicast address with /32, once", x.GetAddress())
+		}
+		a := address{ip: p.Addr()}
+		if x.GetNetwork() != "" {
+			a.net, err = netip.ParsePrefix(x.GetNetwork())
+			if err != nil || !a.net.Contains(a.ip) || a.net != a.net.Masked() || a.net.Bits() < 8 {
+				return bad("network %q of address %s: must be an IPv4 network that it is in", x.GetNetwork(), a.ip)
+			}
+		}
+		w.addrs = append(w.addrs, a)
+	}
+	w.addr = w.addrs[0].ip
+	w.source = w.addr
+	if s := n.GetSource(); s != "" {
+		if !w.has(s + "/32") {
+			return bad("source %q: must be one of its addresses", s)
+		}
+		w.source = netip.MustParseAddr(s)
+	}
 	gw := n.GetGateway()
 	if gw == "" {
 		gw = DefaultGateway
 	}
+	var err error
 	w.gw, err = netip.ParseAddr(gw)
-	if err != nil || !w.gw.Is4() || !usable(w.gw) || w.gw == w.addr {
+	if err != nil || !w.gw.Is4() || !usable(w.gw) || w.has(gw+"/32") {
 		return bad("gateway %q: must be another IPv4 unicast address", gw)
 	}
 	if n.GetMtu() != 0 {

@@ -33,10 +33,7 @@ func (m *Manager) link(id, path string, w wanted) error {
 	if err := container(in, eth, w); err != nil {
 		return err
 	}
-	if err := m.kernel(host, w); err != nil {
-		return err
-	}
-	return nil
+	return m.apart.around(id, w, func() error { return m.kernel(host, w) })
 }
 
 // handleIn opens a netlink socket inside a namespace.
@@ -105,19 +102,21 @@ func container(in *netlink.Handle, eth netlink.Link, w wanted) error {
 	if err != nil {
 		return fmt.Errorf("addresses of eth0: %w", err)
 	}
-	has := false
+	has := map[string]bool{}
 	for i := range addrs {
-		if addrs[i].IPNet != nil && addrs[i].IPNet.String() == w.addr.String()+"/32" {
-			has = true
+		if addrs[i].IPNet != nil && w.has(addrs[i].IPNet.String()) {
+			has[addrs[i].IPNet.String()] = true
 			continue
 		}
 		if err := in.AddrDel(eth, &addrs[i]); err != nil {
 			return fmt.Errorf("remove %s from eth0: %w", addrs[i].IPNet, err)
 		}
 	}
-	if !has {
-		if err := in.AddrAdd(eth, &netlink.Addr{IPNet: host32(w.addr)}); err != nil {
-			return fmt.Errorf("address %s: %w", w.addr, err)
+	for _, a := range w.addrs {
+		if !has[a.ip.String()+"/32"] {
+			if err := in.AddrAdd(eth, &netlink.Addr{IPNet: host32(a.ip)}); err != nil {
+				return fmt.Errorf("address %s: %w", a.ip, err)
+			}
 		}
 	}
 	if err := in.LinkSetUp(eth); err != nil {
@@ -126,11 +125,42 @@ func container(in *netlink.Handle, eth netlink.Link, w wanted) error {
 	if err := pin(in, eth, w.gw, GatewayMAC); err != nil {
 		return err
 	}
-	if err := in.RouteReplace(&netlink.Route{
-		LinkIndex: eth.Attrs().Index, Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
-		Gw: w.gw.AsSlice(), Flags: int(netlink.FLAG_ONLINK), Src: w.addr.AsSlice(),
-	}); err != nil {
+	if err := in.RouteReplace(w.route(eth, netip.PrefixFrom(netip.IPv4Unspecified(), 0), w.source)); err != nil {
 		return fmt.Errorf("default route: %w", err)
+	}
+	return sources(in, eth, w)
+}
+
+// route leads to dst by the gateway, as src.
+func (w wanted) route(eth netlink.Link, dst netip.Prefix, src netip.Addr) *netlink.Route {
+	return &netlink.Route{LinkIndex: eth.Attrs().Index, Dst: ipNet(dst), Gw: w.gw.AsSlice(), Flags: int(netlink.FLAG_ONLINK), Src: src.AsSlice()}
+}
+
+// sources makes a container use, towards each of its networks, its address there. One
+// whose only network the default route serves as well needs none of it.
+func sources(in *netlink.Handle, eth netlink.Link, w wanted) error {
+	keep := map[string]bool{"0.0.0.0/0": true}
+	for _, a := range w.addrs {
+		if !a.net.IsValid() || a.ip == w.source {
+			continue
+		}
+		keep[a.net.String()] = true
+		if err := in.RouteReplace(w.route(eth, a.net, a.ip)); err != nil {
+			return fmt.Errorf("route to network %s: %w", a.net, err)
+		}
+	}
+	routes, err := Dump(func() ([]netlink.Route, error) {
+		return in.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: eth.Attrs().Index}, netlink.RT_FILTER_OIF)
+	})
+	if err != nil {
+		return fmt.Errorf("routes of eth0: %w", err)
+	}
+	for i := range routes {
+		if d := routes[i].Dst; d != nil && routes[i].Gw.Equal(w.gw.AsSlice()) && !keep[d.String()] {
+			if err := in.RouteDel(&routes[i]); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("remove route %s: %w", d, err)
+			}
+		}
 	}
 	return nil
 }
@@ -160,8 +190,10 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 	if err := m.nl.LinkSetUp(host); err != nil {
 		return fmt.Errorf("%s up: %w", name, err)
 	}
-	if err := pin(m.nl, host, w.addr, MAC(w.addr)); err != nil {
-		return err
+	for _, a := range w.addrs {
+		if err := pin(m.nl, host, a.ip, MAC(w.addr)); err != nil {
+			return err
+		}
 	}
 	// An address that this link had before must not keep its route.
 	routes, err := Dump(func() ([]netlink.Route, error) {
@@ -171,14 +203,16 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 		return fmt.Errorf("routes of %s: %w", name, err)
 	}
 	for i := range routes {
-		if d := routes[i].Dst; d != nil && d.String() != w.addr.String()+"/32" {
+		if d := routes[i].Dst; d != nil && !w.has(d.String()) {
 			if err := m.nl.RouteDel(&routes[i]); err != nil && !errors.Is(err, unix.ESRCH) {
 				return fmt.Errorf("remove route %s: %w", d, err)
 			}
 		}
 	}
-	if err := m.nl.RouteReplace(&netlink.Route{LinkIndex: host.Attrs().Index, Dst: host32(w.addr), Scope: netlink.SCOPE_LINK}); err != nil {
-		return fmt.Errorf("route to %s: %w", w.addr, err)
+	for _, a := range w.addrs {
+		if err := m.nl.RouteReplace(&netlink.Route{LinkIndex: host.Attrs().Index, Dst: host32(a.ip), Scope: netlink.SCOPE_LINK}); err != nil {
+			return fmt.Errorf("route to %s: %w", a.ip, err)
+		}
 	}
 	return nil
 }
@@ -235,6 +269,8 @@ func forwarding() error {
 	return sysctl("ipv4/ip_forward", "1")
 }
 
-func host32(a netip.Addr) *net.IPNet {
-	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(32, 32)}
+func host32(a netip.Addr) *net.IPNet { return ipNet(netip.PrefixFrom(a, 32)) }
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
 }

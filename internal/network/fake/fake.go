@@ -125,6 +125,12 @@ func clone(s *network.State) *network.State {
 		Machines:   append([]network.Machine(nil), s.Machines...),
 		Containers: append([]network.MetalContainer(nil), s.Containers...),
 	}
+	for i := range out.Containers {
+		out.Containers[i].Further = append([]string(nil), out.Containers[i].Further...)
+	}
+	for _, x := range s.Clients {
+		out.Clients = append(out.Clients, append([]string(nil), x...))
+	}
 	for i := range out.Machines {
 		out.Machines[i].Prefixes = append([]string(nil), out.Machines[i].Prefixes...)
 	}

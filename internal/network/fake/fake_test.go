@@ -32,9 +32,11 @@ func TestItKeepsWhatItWasTold(t *testing.T) {
 		t.Error("nobody was told")
 	}
 	s.Networks[0].Cidr, s.Machines[1].Prefixes[0], s.Ports[0].Backends[0].Ip, s.Names[0].Ips[0], s.Containers[0].IP = "x", "x", "x", "x", "x"
+	s.Containers[0].Further[0], s.Clients[0][0] = "x", "x"
 	n.Last().Networks[0].Cidr = "y"
 	l := n.Last()
-	if l.Networks[0].Cidr != "10.64.0.0/24" || l.Machines[1].Prefixes[0] != "10.64.1.0/28" || l.Ports[0].Backends[0].Ip != "10.64.0.1" || l.Names[0].Ips[0] != "10.64.0.1" || l.Containers[0].IP != "10.64.0.250" {
+	if l.Networks[0].Cidr != "10.64.0.0/24" || l.Machines[1].Prefixes[0] != "10.64.1.0/28" || l.Ports[0].Backends[0].Ip != "10.64.0.1" || l.Names[0].Ips[0] != "10.64.0.1" || l.Containers[0].IP != "10.64.0.250" ||
+		l.Containers[0].Further[0] != "10.64.2.250" || l.Clients[0][0] != "10.64.0.250" {
 		t.Errorf("it kept no copy: %+v", l)
 	}
 	broken := errors.New("no netlink")

@@ -133,7 +133,7 @@ func NamesOptions(resolvConf string, log *slog.Logger) names.Options {
 
 // nameServer is one in this process, or one apart.
 type nameServer interface {
-	Set([]*v1.NetworkSpec, []*v1.NameRecord)
+	Set([]*v1.NetworkSpec, []*v1.NameRecord, [][]string)
 	Start() error
 	Port() uint16
 	Close() error // let go of it
@@ -142,8 +142,8 @@ type nameServer interface {
 
 type inProcess struct{ *names.Server }
 
-func (s inProcess) Set(networks []*v1.NetworkSpec, records []*v1.NameRecord) {
-	if v, _ := names.NewView(networks, records); v != nil { // parse has told of errors
+func (s inProcess) Set(networks []*v1.NetworkSpec, records []*v1.NameRecord, clients [][]string) {
+	if v, _ := names.NewView(networks, records, clients); v != nil { // parse has told of errors
 		s.Server.Set(v)
 	}
 }
@@ -215,7 +215,7 @@ func (h *Host) serveNames(w *wanted) error {
 	if h.o.NoNames {
 		return nil
 	}
-	h.dns.Set(w.dnsNets, w.dnsNames)
+	h.dns.Set(w.dnsNets, w.dnsNames, w.clients)
 	if err := h.dns.Start(); err != nil {
 		return fmt.Errorf("name server on %s: %w", gateway, err)
 	}

@@ -76,7 +76,9 @@ func (t *tables) elements(w *wanted) map[*nftables.Set]elements {
 		}
 	}
 	for _, v := range w.veths {
-		out[t.veth].put(nftables.SetElement{Key: cat(ifname(v.name), pad(endpoint.MAC(v.ip)), v.ip.AsSlice())})
+		for _, ip := range append([]netip.Addr{v.ip}, v.further...) {
+			out[t.veth].put(nftables.SetElement{Key: cat(ifname(v.name), pad(endpoint.MAC(v.ip)), ip.AsSlice())})
+		}
 	}
 	for _, p := range w.pairs {
 		out[t.pairs].put(nftables.SetElement{

@@ -28,6 +28,7 @@ type wanted struct {
 	services map[svcKey][]netip.AddrPort // backends that are ready, sorted
 	dnsNets  []*v1.NetworkSpec           // for the name server, as they came
 	dnsNames []*v1.NameRecord
+	clients  [][]string
 }
 
 type netSpec struct {
@@ -45,8 +46,9 @@ type tapSpec struct {
 }
 
 type vethSpec struct {
-	name string
-	ip   netip.Addr
+	name    string
+	ip      netip.Addr // its MAC comes from this one
+	further []netip.Addr
 }
 
 // svcKey is what a published port listens on. An unspecified address is all of
@@ -126,17 +128,25 @@ func (h *Host) parse(s *network.State) (w *wanted, skipped, err error) {
 			return nil, nil, invalid("container %s: %v", c.ID, err)
 		}
 		owned = append(owned, prefixOwner{netip.PrefixFrom(ip, 32), "container " + c.ID})
-		w.veths = append(w.veths, vethSpec{name: h.VethName(c.ID), ip: ip})
+		v := vethSpec{name: h.VethName(c.ID), ip: ip}
+		for _, s := range c.Further {
+			if ip, err = parseIP(s); err != nil {
+				return nil, nil, invalid("container %s: %v", c.ID, err)
+			}
+			owned = append(owned, prefixOwner{netip.PrefixFrom(ip, 32), "container " + c.ID})
+			v.further = append(v.further, ip)
+		}
+		w.veths = append(w.veths, v)
 	}
 	if err := owned.disjoint(); err != nil {
 		return nil, nil, err
 	}
 	portErr := w.ports(s.Ports)
-	view, nameErr := names.NewView(s.Networks, s.Names)
+	view, nameErr := names.NewView(s.Networks, s.Names, s.Clients)
 	if view == nil {
 		return nil, nil, nameErr
 	}
-	w.dnsNets, w.dnsNames = s.Networks, s.Names
+	w.dnsNets, w.dnsNames, w.clients = s.Networks, s.Names, s.Clients
 	return w, errors.Join(portErr, nameErr), nil
 }
 

@@ -76,9 +76,9 @@ func Identity() (string, error) {
 	return fmt.Sprintf("%s %d %d", exe, st.Size(), st.ModTime().UnixNano()), nil
 }
 
-// Set replaces what the server shall know; Start brings it there.
-func (a *Apart) Set(networks []*v1.NetworkSpec, records []*v1.NameRecord) {
-	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&v1.HostSpec{Networks: networks, Names: records})
+// Set replaces what the server shall know (see NewView); Start brings it there.
+func (a *Apart) Set(networks []*v1.NetworkSpec, records []*v1.NameRecord, clients [][]string) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(specOf(networks, records, clients))
 	if err != nil { // a string that is not UTF-8: NewView refuses none, and no wire lets one in
 		a.o.Logger.Error("names can't be sent to the name server; it keeps the last ones", "error", err)
 		return

@@ -87,7 +87,7 @@ func (x *apart) client(t *testing.T, identity string) *Apart {
 // set serves one name.
 func set(t *testing.T, a *Apart, name, ip string) {
 	t.Helper()
-	a.Set(testNets, []*v1.NameRecord{{Network: "na", Name: name, Ips: []string{ip}}})
+	a.Set(testNets, []*v1.NameRecord{{Network: "na", Name: name, Ips: []string{ip}}}, nil)
 	if err := a.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -366,7 +366,7 @@ func TestApartTellsWhyItCanNotListen(t *testing.T) {
 	x := newApart(t)
 	x.addr = "192.0.2.77:5353" // not an address of this host
 	a := x.client(t, "v1")
-	a.Set(testNets, nil)
+	a.Set(testNets, nil, nil)
 	for range 2 {
 		if err := a.Start(); err == nil || !strings.Contains(err.Error(), "listen") || !strings.Contains(err.Error(), "192.0.2.77") {
 			t.Errorf("got %v", err)

@@ -32,7 +32,7 @@ func FuzzAnswer(f *testing.F) {
 	v, err := NewView(testNets, []*v1.NameRecord{
 		{Network: "na", Name: "web", Ips: []string{"127.1.0.1"}},
 		{Network: "na", Name: "many.shop", Ips: []string{"127.1.0.1", "127.1.0.2", "127.1.0.3"}},
-	})
+	}, nil)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -43,7 +43,7 @@ func FuzzAnswer(f *testing.F) {
 		if q.Unpack(b) != nil {
 			return
 		}
-		m := s.answer(v.networkOf(client), client, q, tcp)
+		m := s.answer(v.networksOf(client), client, q, tcp)
 		if m == nil {
 			return
 		}

@@ -1,12 +1,12 @@
 // Package names is the name server of one host: it answers containers for the
-// names of their own network, and asks the host's resolvers for all others.
+// names of their own networks, and asks the host's resolvers for all others.
 //
 // Who asks is known by the source address (which can't be forged: see package
 // hostnet), so that a project never sees another's names. Set swaps the whole
 // view at once; queries under way see the old or the new one.
 //
 //	s := names.New(names.Options{Listen: "169.254.1.1:53"})
-//	v, err := names.NewView(networks, records)
+//	v, err := names.NewView(networks, records, clients)
 //	s.Set(v)
 //	err = s.Start() // again and again: no error once it listens
 //
@@ -19,13 +19,17 @@
 //	reverse of N's addresses   the name that has just this address
 //	all else                   forwarded; NXDOMAIN for internal networks
 //
+// A client that has addresses in several networks (clients) sees the names of all of
+// them, whichever address it asks from: each name in the first of its networks that
+// has it. It is internal when all of them are.
+//
 // On a host the server is a process of its own, so that names resolve while the
 // agent is away: Serve is that process, Apart its client in the agent.
 //
 //	err := names.Serve(ctx, run+"/names.sock", run+"/names.state", o)
 //
 //	a := names.NewApart(names.ApartOptions{Socket: run + "/names.sock", Spawn: start, Identity: id})
-//	a.Set(networks, records)
+//	a.Set(networks, records, clients)
 //	err = a.Start() // again and again, as above
 //
 // Clients are hostile: sizes, times, connections and forwarded queries in flight
@@ -208,8 +212,8 @@ func (s *Server) closeWithin(d time.Duration) error {
 }
 
 func (s *Server) serve(w dns.ResponseWriter, q *dns.Msg) {
-	n := s.view.Load().networkOf(clientIP(w))
-	if n == nil {
+	n := s.view.Load().networksOf(clientIP(w))
+	if len(n) == 0 {
 		return // not a container of this host: silence, no amplification
 	}
 	m := s.answer(n, clientIP(w), q, isTCP(w))
@@ -230,7 +234,7 @@ func (s *Server) serve(w dns.ResponseWriter, q *dns.Msg) {
 }
 
 // answer builds the reply to q; nil means none.
-func (s *Server) answer(n *net4, client netip.Addr, q *dns.Msg, tcp bool) *dns.Msg {
+func (s *Server) answer(n scope, client netip.Addr, q *dns.Msg, tcp bool) *dns.Msg {
 	m := new(dns.Msg).SetReply(q)
 	m.RecursionAvailable = true
 	if q.Response {
@@ -252,14 +256,14 @@ func (s *Server) answer(n *net4, client netip.Addr, q *dns.Msg, tcp bool) *dns.M
 	switch labels := dns.CountLabel(qu.Name); {
 	case name == "localhost":
 		s.addresses(m, qu, []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})})
-	case n.names[name] != nil:
-		s.addresses(m, qu, n.names[name])
-	case labels == 1, labels == 2 && n.project != "" && strings.HasSuffix(name, "."+n.project):
+	case n.lookup(name) != nil:
+		s.addresses(m, qu, n.lookup(name))
+	case labels == 1, labels == 2 && n.owns(name):
 		m.Rcode = dns.RcodeNameError
 		m.Authoritative = true
 		m.Ns = []dns.RR{soa(qu.Name)}
 	case n.reverse(m, qu, name, s.view.Load()):
-	case n.internal:
+	case n.internal():
 		m.Rcode = dns.RcodeNameError
 	default:
 		return s.fwd.ask(client, q, m, tcp)

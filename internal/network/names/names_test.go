@@ -70,7 +70,7 @@ func server(t *testing.T, upstreams ...string) (*Server, string) {
 		{Network: "na", Name: "down", Ips: nil},
 		{Network: "nb", Name: "db", Ips: []string{"127.1.1.1"}},
 		{Network: "gone", Name: "x", Ips: []string{"127.1.1.1"}},
-	})
+	}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +191,7 @@ func TestManyAddressesAreTruncatedOverUDPOnly(t *testing.T) {
 	for i := range 100 {
 		ips = append(ips, fmt.Sprintf("127.1.0.%d", i+1))
 	}
-	v, err := NewView(testNets, []*v1.NameRecord{{Network: "na", Name: "many", Ips: ips}})
+	v, err := NewView(testNets, []*v1.NameRecord{{Network: "na", Name: "many", Ips: ips}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -293,7 +293,7 @@ func TestRubbish(t *testing.T) {
 	if r, err := query(t, addr, clientA, "udp", "web.shop", dns.TypeA); err != nil || answers(r) == "" {
 		t.Errorf("after rubbish: %v %v", r, err)
 	}
-	n := s.view.Load().networkOf(netip.MustParseAddr(clientA))
+	n := s.view.Load().networksOf(netip.MustParseAddr(clientA))
 	for name, q := range map[string]*dns.Msg{
 		"two questions": {Question: []dns.Question{{Name: "a.", Qtype: 1, Qclass: 1}, {Name: "b.", Qtype: 1, Qclass: 1}}},
 		"no question":   {},
@@ -356,14 +356,14 @@ func TestBadViews(t *testing.T) {
 		{Network: "na", Name: "x", Ips: []string{"nonsense"}},
 	} {
 		good := &v1.NameRecord{Network: "na", Name: "good", Ips: []string{"127.1.0.1"}}
-		v, err := NewView(testNets, []*v1.NameRecord{r, good})
+		v, err := NewView(testNets, []*v1.NameRecord{r, good}, nil)
 		if !errors.Is(err, errdefs.ErrInvalidArgument) || v == nil {
 			t.Errorf("%v: %v", r, err)
 		} else if n := v.networkOf(netip.MustParseAddr(clientA)); len(n.names) != 1 || n.names["good"] == nil {
 			t.Errorf("%v: %v", r, n.names)
 		}
 	}
-	if v, err := NewView([]*v1.NetworkSpec{{Id: "x", Cidr: "y"}}, nil); err == nil || v != nil {
+	if v, err := NewView([]*v1.NetworkSpec{{Id: "x", Cidr: "y"}}, nil, nil); err == nil || v != nil {
 		t.Error("a view of no network")
 	}
 }
@@ -373,7 +373,7 @@ func BenchmarkAnswer(b *testing.B) {
 	for i := range 5000 {
 		rs = append(rs, &v1.NameRecord{Network: "na", Name: fmt.Sprint("svc", i), Ips: []string{"127.1.0.1", "127.1.0.2"}})
 	}
-	v, err := NewView(testNets, rs)
+	v, err := NewView(testNets, rs, nil)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -382,6 +382,6 @@ func BenchmarkAnswer(b *testing.B) {
 	q := new(dns.Msg).SetQuestion("svc77.", dns.TypeA)
 	client := netip.MustParseAddr(clientA)
 	for b.Loop() {
-		s.answer(v.networkOf(client), client, q, false)
+		s.answer(v.networksOf(client), client, q, false)
 	}
 }

@@ -134,7 +134,7 @@ func (p *process) restore() {
 		p.log.Warn("name server: the last state can't be read; waiting for the agent's", "file", p.stateFile, "error", err)
 		return
 	}
-	v, err := NewView(spec.GetNetworks(), spec.GetNames())
+	v, err := viewOf(&spec)
 	if v == nil {
 		p.log.Warn("name server: the last state is wrong; waiting for the agent's", "file", p.stateFile, "error", err)
 		return
@@ -232,7 +232,7 @@ func (p *process) set(b []byte) error {
 	if err := proto.Unmarshal(b, &spec); err != nil {
 		return fmt.Errorf("names: %w", err)
 	}
-	v, err := NewView(spec.GetNetworks(), spec.GetNames())
+	v, err := viewOf(&spec)
 	if v == nil {
 		return err
 	}
@@ -241,7 +241,7 @@ func (p *process) set(b []byte) error {
 		return err
 	}
 	p.state = b
-	keep := &v1.HostSpec{Networks: spec.GetNetworks(), Names: spec.GetNames(), Ports: []*v1.PublishedPort{{HostPort: uint32(p.dns.Port())}}}
+	keep := &v1.HostSpec{Networks: spec.GetNetworks(), Names: spec.GetNames(), Containers: spec.GetContainers(), Ports: []*v1.PublishedPort{{HostPort: uint32(p.dns.Port())}}}
 	p.saved = ""
 	if b, err = proto.Marshal(keep); err == nil {
 		err = files.Replace(p.stateFile, b, 0o600)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sort"
 	"strings"
 
@@ -16,7 +17,40 @@ import (
 // View is what a server knows: networks, and the names that each of them sees.
 // It does not change once made.
 type View struct {
-	nets []*net4 // sorted by address; disjoint
+	nets    []*net4              // sorted by address; disjoint
+	clients map[netip.Addr]scope // of those in several networks
+}
+
+// scope is the networks of a client, in its order.
+type scope []*net4
+
+// lookup finds a name in the first network that has it; nil if none has.
+func (s scope) lookup(name string) []netip.Addr {
+	for _, n := range s {
+		if ips := n.names[name]; ips != nil {
+			return ips
+		}
+	}
+	return nil
+}
+
+// owns tells whether a name is in a project of the client's.
+func (s scope) owns(name string) bool {
+	for _, n := range s {
+		if n.project != "" && strings.HasSuffix(name, "."+n.project) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s scope) internal() bool {
+	for _, n := range s {
+		if !n.internal {
+			return false
+		}
+	}
+	return true
 }
 
 // net4 is one network's names.
@@ -29,12 +63,13 @@ type net4 struct {
 	byIP     map[netip.Addr]string
 }
 
-// NewView checks and indexes records. Records of networks that are not there are
+// NewView checks and indexes records. Each of clients is the addresses of a container
+// that is in several networks, in its order. Records of networks that are not there are
 // left out: nobody could ask for them. Records that are invalid are left out too,
 // and named by the error that comes with the view. Without networks that can be
 // understood there is no view.
-func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord) (*View, error) {
-	v := &View{}
+func NewView(networks []*v1.NetworkSpec, records []*v1.NameRecord, clients [][]string) (*View, error) {
+	v := &View{clients: map[netip.Addr]scope{}}
 	byID := map[string]*net4{}
 	for _, n := range networks {
 		p, err := netip.ParsePrefix(n.GetCidr())
@@ -86,7 +121,49 @@ records:
 			}
 		}
 	}
+	for _, c := range clients {
+		var ips []netip.Addr
+		var nets scope
+		for _, s := range c {
+			ip, err := netip.ParseAddr(s)
+			if err != nil || !ip.Is4() {
+				errs = append(errs, fmt.Errorf("client %q is not an IPv4 address: %w", s, errdefs.ErrInvalidArgument))
+				continue
+			}
+			if n := v.networkOf(ip); n != nil {
+				ips, nets = append(ips, ip), append(nets, n)
+			}
+		}
+		for _, ip := range ips {
+			v.clients[ip] = nets
+		}
+	}
 	return v, errors.Join(errs...)
+}
+
+// specOf is what NewView gets, as a message; viewOf is its other end.
+func specOf(networks []*v1.NetworkSpec, records []*v1.NameRecord, clients [][]string) *v1.HostSpec {
+	spec := &v1.HostSpec{Networks: networks, Names: records}
+	for _, c := range clients {
+		x := &v1.ContainerAssignment{}
+		for _, ip := range c {
+			x.Addresses = append(x.Addresses, &v1.NetworkAddress{Ip: ip})
+		}
+		spec.Containers = append(spec.Containers, x)
+	}
+	return spec
+}
+
+func viewOf(spec *v1.HostSpec) (*View, error) {
+	var clients [][]string
+	for _, c := range spec.GetContainers() {
+		var ips []string
+		for _, a := range c.GetAddresses() {
+			ips = append(ips, a.GetIp())
+		}
+		clients = append(clients, ips)
+	}
+	return NewView(spec.GetNetworks(), spec.GetNames(), clients)
 }
 
 func better(a, b string) bool {
@@ -99,7 +176,18 @@ func better(a, b string) bool {
 	return a < b
 }
 
-// networkOf finds a client's network.
+// networksOf finds a client's networks; none if it is nobody's address.
+func (v *View) networksOf(ip netip.Addr) scope {
+	if s := v.clients[ip]; s != nil {
+		return s
+	}
+	if n := v.networkOf(ip); n != nil {
+		return scope{n}
+	}
+	return nil
+}
+
+// networkOf finds the network that an address is in.
 func (v *View) networkOf(ip netip.Addr) *net4 {
 	i := sort.Search(len(v.nets), func(i int) bool { return ip.Less(v.nets[i].cidr.Addr()) })
 	if i == 0 || !v.nets[i-1].cidr.Contains(ip) {
@@ -110,7 +198,7 @@ func (v *View) networkOf(ip netip.Addr) *net4 {
 
 // reverse answers for the addresses of networks of this host, and tells whether
 // the question was for one: no such question goes outside.
-func (n *net4) reverse(m *dns.Msg, q dns.Question, name string, v *View) bool {
+func (s scope) reverse(m *dns.Msg, q dns.Question, name string, v *View) bool {
 	ip, ok := arpaAddr(name)
 	if !ok {
 		return false
@@ -120,9 +208,9 @@ func (n *net4) reverse(m *dns.Msg, q dns.Question, name string, v *View) bool {
 		return false
 	}
 	m.Authoritative = true
-	host := n.byIP[ip]
+	host := owner.byIP[ip]
 	switch {
-	case owner != n || host == "":
+	case !slices.Contains(s, owner) || host == "":
 		m.Rcode = dns.RcodeNameError
 	case q.Qtype == dns.TypePTR || q.Qtype == dns.TypeANY:
 		m.Answer = []dns.RR{&dns.PTR{

@@ -23,7 +23,7 @@ import (
 )
 
 // State is a valid state: two projects and an internal network, three machines, a
-// container on metal, a published port, names.
+// container on metal that is in two networks, a published port, names.
 func State() *network.State {
 	return &network.State{
 		Networks: []*v1.NetworkSpec{
@@ -36,7 +36,8 @@ func State() *network.State {
 			{ID: "m-b1", MAC: "02:00:00:00:0b:01", Prefixes: []string{"10.64.1.0/28", "10.64.1.16/28"}},
 			{ID: "m-c1", MAC: "02:00:00:00:0c:01", Prefixes: []string{"10.64.2.0/28"}},
 		},
-		Containers: []network.MetalContainer{{ID: "iron", IP: "10.64.0.250"}},
+		Containers: []network.MetalContainer{{ID: "iron", IP: "10.64.0.250", Further: []string{"10.64.2.250"}}},
+		Clients:    [][]string{{"10.64.0.250", "10.64.2.250"}},
 		Ports: []*v1.PublishedPort{{Protocol: "tcp", HostPort: 18080, Backends: []*v1.Backend{
 			{Ip: "10.64.0.1", Port: 80, ContainerId: "web", Ready: true}, {Ip: "10.64.1.1", Port: 80, ContainerId: "late"}}}},
 		Names: []*v1.NameRecord{{Network: "na", Name: "web", Ips: []string{"10.64.0.1"}}, {Network: "nb", Name: "db", Ips: []string{"10.64.1.1"}}},
@@ -107,7 +108,7 @@ func callers(t *testing.T, n network.Network) {
 	must(t, n, s)
 	want := State()
 	same := len(s.Networks) == len(want.Networks) && len(s.Ports) == len(want.Ports) && len(s.Names) == len(want.Names) &&
-		reflect.DeepEqual(s.Machines, want.Machines) && reflect.DeepEqual(s.Containers, want.Containers)
+		reflect.DeepEqual(s.Machines, want.Machines) && reflect.DeepEqual(s.Containers, want.Containers) && reflect.DeepEqual(s.Clients, want.Clients)
 	for i := range want.Networks {
 		same = same && proto.Equal(s.Networks[i], want.Networks[i])
 	}
@@ -123,6 +124,7 @@ func callers(t *testing.T, n network.Network) {
 	// What the caller does to its state later is no matter: rubbish there would be
 	// found by the next Apply of an implementation that kept it.
 	s.Networks[0].Cidr, s.Machines[0].MAC, s.Machines[1].Prefixes[0], s.Names[0].Ips[0] = "x", "x", "x", "x"
+	s.Containers[0].Further[0], s.Clients[0][0] = "x", "x"
 	must(t, n, State())
 }
 
@@ -149,6 +151,9 @@ func Invalid(t *testing.T, n network.Network) {
 		"container":      func(s *network.State) { s.Containers[0].IP = "127.0.0.1" },
 		"another's":      func(s *network.State) { s.Containers[0].IP = "10.64.0.5" },
 		"no address":     func(s *network.State) { s.Containers[0].IP = "" },
+		"further":        func(s *network.State) { s.Containers[0].Further = []string{"x"} },
+		"further, twice": func(s *network.State) { s.Containers[0].Further = []string{"10.64.0.250"} },
+		"further, alien": func(s *network.State) { s.Containers[0].Further = []string{"10.64.2.5"} },
 		"prefix too big": func(s *network.State) { s.Machines[0].Prefixes = []string{"10.64.0.0/33"} },
 	} {
 		s := State()

@@ -183,7 +183,12 @@ func (r *Runtime) placeFiles(s *v1.RuntimeSpec, fresh bool) error {
 // writeEtc makes the files that Docker makes, when they are not there.
 func (r *Runtime) writeEtc(s *v1.RuntimeSpec) error {
 	host, n := hostname(s), s.GetNetwork()
-	ip, _, _ := strings.Cut(n.GetAddress(), "/")
+	ips := []string{strings.TrimSuffix(n.GetAddress(), "/32")}
+	for i, a := range n.GetAddresses() {
+		if i > 0 {
+			ips = append(ips, strings.TrimSuffix(a.GetAddress(), "/32"))
+		}
+	}
 	var hosts, resolv strings.Builder
 	hosts.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
 	for _, h := range s.ExtraHosts {
@@ -191,13 +196,15 @@ func (r *Runtime) writeEtc(s *v1.RuntimeSpec) error {
 			fmt.Fprintf(&hosts, "%s\t%s\n", strings.Trim(addr, "[]"), name)
 		}
 	}
-	if ip == "" {
-		ip = "127.0.1.1"
+	if ips[0] == "" {
+		ips = []string{"127.0.1.1"}
 	}
-	if s.Domainname != "" {
-		fmt.Fprintf(&hosts, "%s\t%s.%s %s\n", ip, host, s.Domainname, host)
-	} else {
-		fmt.Fprintf(&hosts, "%s\t%s\n", ip, host)
+	for _, ip := range ips {
+		if s.Domainname != "" {
+			fmt.Fprintf(&hosts, "%s\t%s.%s %s\n", ip, host, s.Domainname, host)
+		} else {
+			fmt.Fprintf(&hosts, "%s\t%s\n", ip, host)
+		}
 	}
 	for _, d := range n.GetDnsServers() {
 		fmt.Fprintf(&resolv, "nameserver %s\n", d)
