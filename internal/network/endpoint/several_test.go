@@ -90,9 +90,9 @@ func TestNetworksOfOneKernel(t *testing.T) {
 	front, back := setup(t, m, "front", in("10.64.0.5", frontNet)), setup(t, m, "back", in("10.64.1.5", backNet))
 	n := in("10.64.1.6", backNet, "10.64.0.6", frontNet)
 	n.Source = "10.64.0.6"
-	both := setup(t, m, "both", n)
+	setup(t, m, "both", n)
 	before := borders(t)
-	both = setup(t, m, "both", n) // again: nothing changes
+	both := setup(t, m, "both", n) // again: nothing changes
 	if now := borders(t); now != before || strings.Count(now, "\n") != 5 {
 		t.Errorf("borders:\n%s\nwere:\n%s", now, before)
 	}
