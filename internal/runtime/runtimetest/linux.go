@@ -133,7 +133,8 @@ func testSecurity(t *testing.T, tg Target) {
 }
 
 func testTerminal(t *testing.T, tg Target) {
-	s := sh(tg, `tty; echo $TERM; read x; stty size; exec cat`)
+	// The size and the input come apart: it looks again at each line.
+	s := sh(tg, `tty; echo $TERM; while read x; do set -- $(stty size); [ "$1" = 33 ] && break; done; stty size; exec cat`)
 	s.Tty, s.StdinOpen = true, true
 	id := create(t, tg, s)
 	pr, pw := io.Pipe()
