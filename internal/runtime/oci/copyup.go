@@ -62,6 +62,11 @@ func copyUp(ctx context.Context, root, target, volume string) error {
 		if err := copyAttrs(tmp, volume, 0); err != nil {
 			return fmt.Errorf("fill volume: %w", err)
 		}
+		// The name promises the content: after a crash of the machine the file system
+		// may know the one without the other.
+		if err := syncFS(volume); err != nil {
+			return fmt.Errorf("fill volume: %w", err)
+		}
 		if err := os.Rename(tmp, filepath.Join(volume, copied)); err != nil {
 			return fmt.Errorf("fill volume: %w", err)
 		}
@@ -77,6 +82,15 @@ func copyUp(ctx context.Context, root, target, volume string) error {
 		}
 	}
 	return os.Remove(from)
+}
+
+// syncFS puts all that was written to dir's file system on its disk.
+func syncFS(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
 // copyTree copies a directory with owners, modes, times, links, nodes and
