@@ -314,12 +314,15 @@ func (k *containers) Logs(ctx context.Context, req *connect.Request[v1.LogsReque
 	for _, c := range cs {
 		go func() { errs <- s.followLogs(ctx, c, o, send) }()
 	}
+	// The first error ends all of them; the stream is theirs until the last is gone.
+	var first error
 	for range cs {
-		if err := <-errs; err != nil {
-			return err
+		if err := <-errs; err != nil && first == nil {
+			first = err
+			cancel()
 		}
 	}
-	return nil
+	return first
 }
 
 // followLogs follows one container's logs: it waits until there are some, and
