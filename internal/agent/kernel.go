@@ -3,12 +3,12 @@ package agent
 import (
 	"context"
 	"fmt"
-	"golang.org/x/sync/semaphore"
 	"log/slog"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/protobuf/proto"
 
 	v1 "tandem/api/tandem/v1"

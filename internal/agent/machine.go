@@ -200,9 +200,9 @@ func (m *machine) reconcile(ctx, soft context.Context, want *v1.MachineAssignmen
 	m.hung, m.panicked = false, false
 	m.mu.Unlock()
 
-	if running && st.State == hypervisor.Paused && st.Message != "" && !want.Stopped {
+	if running && st.State == hypervisor.Paused && st.Message != "" && !want.Stopped && want.RestartGeneration <= m.rec.RestartGen {
 		// It waits for its disk, and no keep-alive is answered meanwhile: ending it
-		// would lose what runs in it.
+		// would lose what runs in it. Who asks for a restart gets it.
 		m.mu.Lock()
 		m.misses = 0
 		m.mu.Unlock()

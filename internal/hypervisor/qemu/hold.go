@@ -67,35 +67,44 @@ func holdReason(disk string, noSpace bool, reason string) string {
 }
 
 // retryHeld lets a machine that QEMU paused go on: QEMU makes the write again, and
-// pauses it again if that fails.
+// pauses it again if that fails. Why a machine is paused is QEMU's word, not what was
+// heard: between its error and its pause this may look.
 func (m *machine) retryHeld() {
 	m.mu.Lock()
-	q, paused, held := m.monitor, m.paused, m.held
-	m.mu.Unlock()
-	if q == nil || held == "" {
-		return
-	}
-	if !paused { // it ran for a whole round
-		m.mu.Lock()
-		if !m.paused {
-			m.held = ""
-		}
-		m.mu.Unlock()
+	defer m.mu.Unlock()
+	switch q := m.monitor; {
+	case q == nil, m.retrying:
+	case m.paused:
+		m.retrying = true
+		m.d.wg.Go(func() {
+			m.letGoOn(q)
+			m.mu.Lock()
+			m.retrying = false
+			m.mu.Unlock()
+		})
+	case m.held != "":
+		m.held = ""
 		m.d.log.Info("the machine goes on: its disk can be written again", "machine", m.id)
+	}
+}
+
+// letGoOn continues a machine that paused itself, and none that migrates or was
+// paused on purpose.
+func (m *machine) letGoOn(q *qmp.Client) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	var st struct {
+		Status string `json:"status"`
+	}
+	if err := q.Do(ctx, "query-status", nil, &st); err != nil || st.Status != "io-error" {
 		return
 	}
-	m.d.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		// Only what paused itself: not one that migrates, or was paused on purpose.
-		var st struct {
-			Status string `json:"status"`
-		}
-		if err := q.Do(ctx, "query-status", nil, &st); err != nil || st.Status != "io-error" {
-			return
-		}
-		if err := q.Do(ctx, "cont", nil, nil); err != nil {
-			m.d.log.Debug("let a paused machine go on", "machine", m.id, "error", err)
-		}
-	})
+	m.mu.Lock()
+	if m.held == "" {
+		m.held = holdReason("", false, "")
+	}
+	m.mu.Unlock()
+	if err := q.Do(ctx, "cont", nil, nil); err != nil {
+		m.d.log.Debug("let a paused machine go on", "machine", m.id, "error", err)
+	}
 }

@@ -25,16 +25,17 @@ type machine struct {
 	created bool // under ops: spec.json is written
 	gone    bool // under d.mu: deleted
 
-	mu      sync.Mutex
-	run     run
-	size    hypervisor.Size
-	paused  bool
-	held    string        // why QEMU paused it by itself; see hold.go
-	proc    *handle       // nil: no VMM
-	exited  chan struct{} // closed when the end of proc has been dealt with
-	monitor *qmp.Client   // nil while there is no connection
-	console *console
-	channel *channel
+	mu       sync.Mutex
+	run      run
+	size     hypervisor.Size
+	paused   bool
+	held     string        // why QEMU paused it by itself; see hold.go
+	retrying bool          // it is being told to go on
+	proc     *handle       // nil: no VMM
+	exited   chan struct{} // closed when the end of proc has been dealt with
+	monitor  *qmp.Client   // nil while there is no connection
+	console  *console
+	channel  *channel
 }
 
 func newMachine(d *Driver, spec hypervisor.MachineSpec) *machine {
