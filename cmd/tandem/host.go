@@ -14,6 +14,7 @@ import (
 	"tandem/internal/network/hostnet"
 	"tandem/internal/network/names"
 	"tandem/internal/runtime/monitor"
+	"tandem/internal/store"
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
@@ -200,13 +201,7 @@ func (d *dirs) serverGone(ctx context.Context, wait time.Duration) error {
 			return fmt.Errorf("lock of %s: %w", d.state, err)
 		}
 		if !time.Now().Before(end) {
-			b := make([]byte, 32)
-			n, _ := f.ReadAt(b, 0)
-			who := ""
-			if pid := strings.TrimSpace(string(b[:n])); pid != "" && strings.Trim(pid, "0123456789") == "" {
-				who = " (pid " + pid + ")"
-			}
-			return fmt.Errorf("a server runs on %s%s: stop it first: %w", d.state, who, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("a server runs on %s%s: stop it first: %w", d.state, store.Holder(f), errdefs.ErrFailedPrecondition)
 		}
 		select {
 		case <-ctx.Done():

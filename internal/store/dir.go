@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -66,13 +67,8 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("lock of state directory %s: %w: %w", dir, err, diskClass(err))
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		b := make([]byte, 32)
-		n, _ := f.ReadAt(b, 0)
+		who := "another server" + Holder(f)
 		f.Close()
-		who := "another server"
-		if pid := strings.TrimSpace(string(b[:n])); pid != "" && strings.Trim(pid, "0123456789") == "" {
-			who += " (pid " + pid + ")"
-		}
 		return nil, fmt.Errorf("%s is using the state directory %s: stop it first or choose another --state-dir: %w", who, dir, errdefs.ErrFailedPrecondition)
 	}
 	pid := fmt.Appendf(nil, "%d\n", os.Getpid())
@@ -80,6 +76,17 @@ func lockDir(dir string) (*os.File, error) {
 		f.Truncate(int64(len(pid)))
 	}
 	return f, nil
+}
+
+// Holder names the process that a lock file says holds it, as " (pid 12)", or is "".
+func Holder(lock io.ReaderAt) string {
+	b := make([]byte, 32)
+	n, _ := lock.ReadAt(b, 0)
+	pid := strings.TrimSpace(string(b[:n]))
+	if pid == "" || strings.Trim(pid, "0123456789") != "" {
+		return ""
+	}
+	return " (pid " + pid + ")"
 }
 
 // loadKey reads the key that seals secrets, or makes it.

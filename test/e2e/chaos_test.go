@@ -167,9 +167,6 @@ func (c *chaos) disturbed(kills int, args ...string) {
 			c.t.Fatalf("%v does not work again after kills: %v", args, err)
 		}
 		c.t.Logf("  %s again after: %.300s", args[0], err)
-		if args[0] == "down" && strings.Contains(err.Error(), "no project") {
-			break // the one before did it, and could not say so
-		}
 		time.Sleep(200 * time.Millisecond)
 		_, err = c.TryFor(5*time.Minute, "", args...)
 	}
