@@ -261,9 +261,24 @@ func rmdirs(dir string) error {
 	return err
 }
 
+// thawAfter is how long v1's freezer is given before it is asked anew.
+const thawAfter = 100 * time.Millisecond
+
 // Freeze stops (true) or continues (false) all processes and waits until they are.
+//
+// The freezer of v1 can wait for ever: a program of several threads that execs
+// while it is frozen waits for its other threads to end, and they are stopped
+// already. Letting all of them go on for a moment gets it out of that.
 func (g Group) Freeze(ctx context.Context, frozen bool) error {
+	var waited time.Duration
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		if waited > thawAfter && frozen && !g.l.Unified() {
+			waited = 0
+			if err := g.freeze(false); err != nil {
+				return fmt.Errorf("freezer of cgroup %s: %w", g.path, err)
+			}
+			time.Sleep(time.Millisecond) // for the threads that are to end
+		}
 		if err := g.freeze(frozen); err != nil {
 			return fmt.Errorf("freezer of cgroup %s: %w", g.path, err)
 		}
@@ -277,6 +292,7 @@ func (g Group) Freeze(ctx context.Context, frozen bool) error {
 			}
 			return fmt.Errorf("cgroup %s does not freeze: %w", g.path, context.DeadlineExceeded)
 		case <-time.After(wait):
+			waited += wait
 		}
 	}
 }

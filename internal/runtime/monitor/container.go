@@ -1,6 +1,7 @@
 package monitor
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -169,8 +171,36 @@ func (c *container) launch(r *StartRequest) error {
 	if tty != nil {
 		io.out, io.in = []stream{{"stdout", tty}}, tty
 	}
+	awaitExec(p, r.Runc)
 	c.run(p, io, tty, logw, Status{ID: c.id, Run: r.Run, State: Running, PID: p.pid, StartedAt: started})
 	return nil
+}
+
+// These bound awaitExec: a program on a disk that does not answer is called
+// running although its first page has not come, and so is one that hides its
+// arguments.
+const (
+	execWait   = 5 * time.Second
+	noArgsWait = 100 * time.Millisecond
+)
+
+// awaitExec waits until a process is the container's program (or has ended):
+// `runc run` comes back when its init is about to become it, and whoever looks
+// or pauses then would meet runc, or a program without its arguments.
+func awaitExec(p *process, runc string) {
+	before := []byte(runc + "\x00init\x00")
+	cmdline := filepath.Join("/proc", strconv.Itoa(p.pid), "cmdline")
+	noArgs := time.Duration(0)
+	for waited, wait := time.Duration(0), 500*time.Microsecond; waited < execWait && noArgs < noArgsWait; waited, wait = waited+wait, min(2*wait, 20*time.Millisecond) {
+		b, err := os.ReadFile(cmdline)
+		if err != nil || len(b) > 0 && !bytes.Equal(b, before) || p.ended() {
+			return
+		}
+		if len(b) == 0 {
+			noArgs += wait
+		}
+		time.Sleep(wait)
+	}
 }
 
 // run begins to serve a running process.

@@ -49,21 +49,32 @@ func (p *process) signal(sig unix.Signal) error {
 	return serr
 }
 
+// processEnded tells whether a pidfd's process has ended (it may be a zombie yet).
+func processEnded(pidfd uintptr) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return n > 0 || err != nil && err != unix.EINTR
+}
+
+// ended tells whether the process has ended.
+func (p *process) ended() (is bool) {
+	rc, err := p.f.SyscallConn()
+	if err == nil {
+		err = rc.Control(func(fd uintptr) { is = processEnded(fd) })
+	}
+	return is || err != nil
+}
+
 // wait blocks until the process has ended; known is false if it was not our
 // child, its exit code is lost then.
 func (p *process) wait() (code int, known bool) {
 	defer p.f.Close()
-	ended := func(fd uintptr) bool {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 0)
-		return n > 0 || err != nil && err != unix.EINTR
-	}
 	rc, err := p.f.SyscallConn()
 	if err == nil {
-		err = rc.Read(ended)
+		err = rc.Read(processEnded)
 	}
 	for err != nil { // no poller: ask
-		if ended(p.f.Fd()) {
+		if processEnded(p.f.Fd()) {
 			break
 		}
 		time.Sleep(20 * time.Millisecond)

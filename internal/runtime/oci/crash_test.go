@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -216,6 +217,37 @@ func (h *host) nothingLeft(t *testing.T, rt *oci.Runtime) {
 	if out, _ := exec.Command("grep", "-F", h.dir, "/proc/self/mountinfo").Output(); len(out) > 0 {
 		t.Errorf("mounts: %s", out)
 	}
+}
+
+// What has been started is the container's program, not the runtime's about to
+// become it: whoever looks, or pauses it, meets the program.
+func TestStartedIsProgram(t *testing.T) {
+	h := newHost(t)
+	rt := h.open()
+	var wg sync.WaitGroup
+	for range 8 {
+		s := runtimetest.Spec(h.layer, "sleep", "1000")
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), runtimetest.Limit)
+			defer cancel()
+			err := rt.Create(ctx, s)
+			if err == nil {
+				err = rt.Start(ctx, s.Id)
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ps, err := rt.Top(ctx, s.Id)
+			if err != nil || len(ps) != 1 || ps[0].Command != "sleep 1000" {
+				t.Errorf("%s: %v %v", s.Id, ps, err)
+			}
+			if err := rt.Pause(ctx, s.Id); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // TestKilledAnywhere kills the process that uses the runtime, and sometimes the
