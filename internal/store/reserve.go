@@ -25,7 +25,9 @@ import (
 //     gave to a file beyond its end stay its own when it grows (ext4, xfs, tmpfs);
 //   - the log's segments: the one in use and the next two, each with logSlack more
 //     for the record that crosses its end;
-//   - a snapshot's small file, in a ballast that is let go just before.
+//   - a snapshot's small file, in a ballast that is let go some entries before.
+//     Somebody else may be quicker to take it: then no more entries are written,
+//     and so no snapshot, until space is freed.
 //
 // When the disk runs short, writes that make the state grow are refused (see
 // Growing); all others go on from the reserve, and are refused before it is used
@@ -37,9 +39,10 @@ const (
 	dbReserve    = 16 << 20
 	dbMargin     = 1 << 20 // of dbReserve: the data base's own pages
 	ballastBytes = 1 << 20
-	snapFile     = 64 << 10 // what a snapshot's file needs, generously
-	snapEvery    = 5000     // entries of the log
-	snapMargin   = 50       // entries before the next snapshot at which its space must be there
+	snapFile     = 64 << 10               // what a snapshot's file needs, generously
+	snapEvery    = 5000                   // entries of the log
+	snapMargin   = 500                    // entries before the next snapshot at which its space must be there: more than can be on their way
+	stolenWithin = 200 * time.Millisecond // in which somebody who takes every free block has taken what is let go
 	keepEvery    = time.Second
 	checkEvery   = 1 << 20 // bytes written after which the reserve is looked at again
 )
@@ -281,15 +284,27 @@ func (r *reserve) lacks(bytes int64) string {
 	case r.backed != r.tail, !r.spares && r.unbacked > segmentBytes/2:
 		return "for the log"
 	}
-	if r.index() >= r.snapshotIndex()+snapEvery-snapMargin {
-		if free, _ := freeBytes(r.dir); free < snapFile {
-			os.Remove(r.ballast())
-			if free, _ = freeBytes(r.dir); free < snapFile {
-				return "for a snapshot"
-			}
-		}
+	if r.index() >= r.snapshotIndex()+snapEvery-snapMargin && !r.snapshotFits() {
+		return "for a snapshot"
 	}
 	return ""
+}
+
+// snapshotFits sees to the space for a snapshot's file. The lock is held.
+func (r *reserve) snapshotFits() bool {
+	if free, _ := freeBytes(r.dir); free >= snapFile {
+		return true
+	}
+	if os.Remove(r.ballast()) != nil {
+		return false
+	}
+	if d, err := os.Open(r.dir); err == nil {
+		_ = d.Sync() // what is let go is free when the journal says so
+		d.Close()
+	}
+	time.Sleep(stolenWithin)
+	free, _ := freeBytes(r.dir)
+	return free >= snapFile
 }
 
 // snapshotIndex is the entry of the log that the newest snapshot stands for.
