@@ -29,6 +29,10 @@ import (
 //     Somebody else may be quicker to take it: then no more entries are written,
 //     and so no snapshot, until space is freed.
 //
+// One moment is left: etcd ends a segment by cutting it to what is written, and
+// writes the last records, 128 KiB at most, after that. Who takes all of logSlack
+// in between stops the store; it says so, and starts again when there is space.
+//
 // When the disk runs short, writes that make the state grow are refused (see
 // Growing); all others go on from the reserve, and are refused before it is used
 // up. File systems that write elsewhere when a block changes (btrfs, zfs) keep no
@@ -304,7 +308,7 @@ func (r *reserve) snapshotFits() bool {
 	}
 	time.Sleep(stolenWithin)
 	free, _ := freeBytes(r.dir)
-	return free >= snapFile
+	return free >= ballastBytes/2
 }
 
 // snapshotIndex is the entry of the log that the newest snapshot stands for.

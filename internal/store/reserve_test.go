@@ -47,7 +47,7 @@ func image(t *testing.T, kind string, mib int) string {
 }
 
 // eat takes all space of a file system, and, greedy, whatever comes free until stop
-// is called; stop gives it back.
+// is called, at 4 MB/s; stop gives it back.
 func eat(t *testing.T, dir string, greedy bool) (stop func()) {
 	t.Helper()
 	file := filepath.Join(dir, "eaten")
@@ -59,24 +59,22 @@ func eat(t *testing.T, dir string, greedy bool) (stop func()) {
 	full, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		b, n := make([]byte, 1<<20), 1<<20
-		for once := true; ctx.Err() == nil; {
-			_, err := f.Write(b[:n])
-			switch {
-			case err == nil:
-			case n > 4096:
-				n = 4096
-			default:
-				f.Sync() // what the journal still holds back, too
-				if _, err := f.Write(b[:n]); err != nil && once {
-					once = false
-					close(full)
-				}
-				if !greedy && !once {
-					return
-				}
-				time.Sleep(time.Millisecond)
+		b := make([]byte, 1<<20)
+		fill := func(n int) {
+			for err := error(nil); err == nil && ctx.Err() == nil; {
+				_, err = f.Write(b[:n])
 			}
+		}
+		fill(len(b))
+		fill(4096)
+		f.Sync() // what the journal still holds back, too
+		fill(4096)
+		close(full)
+		for greedy && ctx.Err() == nil {
+			if _, err := f.Write(b[:4096]); err != nil {
+				f.Sync()
+			}
+			time.Sleep(time.Millisecond)
 		}
 	}()
 	select {

@@ -317,10 +317,15 @@ func (g Group) freeze(frozen bool) error {
 	if dir == "" {
 		return fmt.Errorf("this kernel has no freezer: %w", errdefs.ErrNotImplemented)
 	}
+	file, word := "freezer.state", map[bool]string{true: "FROZEN", false: "THAWED"}[frozen]
 	if g.l.Unified() {
-		return os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte(map[bool]string{true: "1", false: "0"}[frozen]), 0)
+		file, word = "cgroup.freeze", map[bool]string{true: "1", false: "0"}[frozen]
 	}
-	return os.WriteFile(filepath.Join(dir, "freezer.state"), []byte(map[bool]string{true: "FROZEN", false: "THAWED"}[frozen]), 0)
+	err := os.WriteFile(filepath.Join(dir, file), []byte(word), 0)
+	if !frozen && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV)) {
+		return nil // what was in it has ended
+	}
+	return err
 }
 
 // Frozen is true when all processes are stopped by Freeze.
@@ -333,7 +338,7 @@ func (g Group) Frozen() (bool, error) {
 		return kv(filepath.Join(dir, "cgroup.events"))["frozen"] == 1, nil
 	}
 	b, err := os.ReadFile(filepath.Join(dir, "freezer.state"))
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 		return false, nil
 	}
 	return strings.TrimSpace(string(b)) == "FROZEN", err
