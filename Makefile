@@ -20,6 +20,7 @@ deps: ## install what building and running need, from Debian
 build: deps ## tandem, tandem-guest and runc, into bin/
 	@mkdir -p $(BIN)
 	@build/step "building tandem" go build $(GOFLAGS_ALL) -ldflags "$(LDFLAGS)" -o $(BIN)/tandem ./cmd/tandem
+	@build/step "building tandemd" go build $(GOFLAGS_ALL) -ldflags "$(LDFLAGS)" -o $(BIN)/tandemd ./cmd/tandemd
 	@build/step "building tandem-guest" go build $(GOFLAGS_ALL) -ldflags "$(LDFLAGS)" -o $(BIN)/tandem-guest ./cmd/tandem-guest
 	@build/step "building runc" build/make-runc $(BIN)/runc
 
@@ -52,6 +53,7 @@ bench: guest ## the numbers of SPECIFICATION.md, side by side
 
 install: guest ## into /usr/local (DESTDIR goes before it)
 	install -D -m 755 $(BIN)/tandem $(DESTDIR)/usr/local/bin/tandem
+	install -D -m 755 $(BIN)/tandemd $(DESTDIR)/usr/local/lib/tandem/tandemd
 	install -D -m 755 $(BIN)/tandem-guest $(DESTDIR)/usr/local/lib/tandem/tandem-guest
 	install -D -m 755 $(BIN)/runc $(DESTDIR)/usr/local/lib/tandem/runc
 	mkdir -p $(DESTDIR)/usr/local/lib/tandem/guest && cp -a $(BIN)/guest/. $(DESTDIR)/usr/local/lib/tandem/guest/

@@ -285,13 +285,18 @@ func BenchmarkServer(b *testing.B) {
 	restart := median(d)
 	report("restart of tandem serve, 1,000 containers known", ms(restart), "2 s", restart <= 2*time.Second)
 	for _, x := range []struct {
-		name, file string
-		max        int64
-	}{{"tandem", "tandem", 90e6}, {"tandem-guest", "tandem-guest", 15e6}, {"initramfs", "guest/current/initramfs", 20e6}} {
-		st, err := os.Stat(filepath.Join(h.Bin, x.file))
-		if err != nil {
-			b.Fatal(err)
+		name  string
+		max   int64
+		files []string
+	}{{"tandem and tandemd", 90e6, []string{"tandem", "tandemd"}}, {"tandem-guest", 15e6, []string{"tandem-guest"}}, {"initramfs", 20e6, []string{"guest/current/initramfs"}}} {
+		var size int64
+		for _, f := range x.files {
+			st, err := os.Stat(filepath.Join(h.Bin, f))
+			if err != nil {
+				b.Fatal(err)
+			}
+			size += st.Size()
 		}
-		report("size of "+x.name, fmt.Sprintf("%.1f MB", float64(st.Size())/1e6), mb(x.max), st.Size() <= x.max)
+		report("size of "+x.name, fmt.Sprintf("%.1f MB", float64(size)/1e6), mb(x.max), size <= x.max)
 	}
 }

@@ -1,11 +1,11 @@
-// Command tandem is the user's command, the server, the host agent, the metal
-// monitor and the name server in one binary. What it does is in internal/; here it is wired.
+// Command tandem is what users type: it talks to the server itself and starts in a
+// few milliseconds.
 //
-//	tandem serve                    the server, with this host's agent in it
-//	tandem agent                    an agent alone, beside a server that has none
-//	tandem guest build              the kernel and initramfs that machines boot
-//	tandem reset                    remove all that Tandem made on this host
-//	tandem up, run, ps, logs ...    what users type; see package cli
+// What needs more (the server and agent, Compose files, the help
+// of all commands) it leaves to tandemd, which it becomes:
+//
+//	tandem run, ps, logs, exec ...  talk to the server; see package cli
+//	tandem up, serve, guest build   tandemd with the same arguments
 package main
 
 import (
@@ -14,28 +14,18 @@ import (
 	"os/signal"
 	"syscall"
 
-	v1 "tandem/api/tandem/v1"
 	"tandem/internal/cli"
-	"tandem/internal/doctor"
-	"tandem/internal/hypervisor/kvmprobe"
-	"tandem/internal/runtime/initproc"
-
-	"github.com/spf13/cobra"
 )
 
 // version is set by the build.
 var version = "dev"
 
 func main() {
-	kvmprobe.MaybeChild()
-	initproc.Main()
+	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version, Whole: become}
+	if !cli.Alone(env, os.Args[1:]) {
+		cli.Exit(env, become())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	env := cli.Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version,
-		Extra: []*cobra.Command{serveCommand(), agentCommand(), monitorCommand(), namesCommand(), guestCommand(), resetCommand()},
-		State: []*cobra.Command{restoreCommand()},
-		Doctor: func(ctx context.Context) []*v1.Finding {
-			return doctor.Check(ctx, doctorOptions(&dirs{state: defaultStateDir}))
-		}}
 	os.Exit(cli.Run(ctx, env, os.Args[1:]))
 }

@@ -15,6 +15,7 @@ import (
 
 	v1 "tandem/api/tandem/v1"
 	"tandem/api/tandem/v1/tandemv1connect"
+	"tandem/internal/compose"
 	"tandem/internal/rpc"
 
 	"connectrpc.com/connect"
@@ -155,6 +156,14 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
 		code := Run(ctx, Env{Stdin: strings.NewReader(stdin), Stdout: &o, Stderr: &e, Version: "1.2.3",
+			Compose: func(ctx context.Context, o ComposeFiles) (*v1.ApplyProjectRequest, []string, error) {
+				p, err := compose.Load(ctx, compose.Options{Files: o.Files, WorkingDir: o.WorkingDir, ProjectName: o.ProjectName,
+					Profiles: o.Profiles, EnvFiles: o.EnvFiles, Env: os.Environ()})
+				if err != nil {
+					return nil, nil, err
+				}
+				return p.Request, p.Warnings, nil
+			},
 			Getenv: func(k string) string {
 				return map[string]string{"TANDEM_HOST": "unix://" + socket}[k]
 			}}, args)

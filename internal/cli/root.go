@@ -40,6 +40,19 @@ type Env struct {
 	Extra []*cobra.Command
 	// State are commands of `tandem state` that work without a server: restore.
 	State []*cobra.Command
+	// Compose reads Compose files; see package compose.
+	Compose func(ctx context.Context, o ComposeFiles) (*v1.ApplyProjectRequest, []string, error)
+	// Whole makes this process the program that has all of the above. It is called
+	// where one of them is needed and nil, and comes back only with an error.
+	Whole func() error
+}
+
+// ComposeFiles are those that the flags name, as compose.Options has them.
+type ComposeFiles struct {
+	Files              []string
+	WorkingDir         string
+	ProjectName        string
+	Profiles, EnvFiles []string
 }
 
 // app holds what all commands share.
@@ -176,11 +189,25 @@ and says why.
 	return root
 }
 
+// Alone is true for arguments that Run can carry out as far as can be seen
+// without Extra, State, Compose and Doctor: help, completion and what is not known
+// here are for the program that has them.
+func Alone(env Env, args []string) bool {
+	c, _, err := New(env).Find(args)
+	return err == nil && c.HasParent() && !c.HasSubCommands()
+}
+
 // Run executes the command and returns its exit code.
 func Run(ctx context.Context, env Env, args []string) int {
 	root := New(env)
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	return exitCode(ctx, env, root.ExecuteContext(ctx))
+}
+
+// Exit ends the process as Run's error would: with a message and a code.
+func Exit(env Env, err error) { os.Exit(exitCode(context.Background(), env, err)) }
+
+func exitCode(ctx context.Context, env Env, err error) int {
 	if err == nil {
 		return ExitDone
 	}

@@ -24,9 +24,9 @@ func (a *app) plan() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if a.project == "" || len(a.files) > 0 {
-				if p, err := a.load(cmd.Context(), profiles, nil, ""); err == nil {
-					p.Request.PlanOnly = true
-					return a.apply(cmd.Context(), p.Request, detailed)
+				if req, err := a.load(cmd.Context(), profiles, nil, ""); err == nil {
+					req.PlanOnly = true
+					return a.apply(cmd.Context(), req, detailed)
 				} else if len(a.files) > 0 {
 					return err
 				}
@@ -114,6 +114,9 @@ func (a *app) doctor() *cobra.Command {
 				return err
 			}
 			res, err := api.system.Doctor(cmd.Context(), connect.NewRequest(&v1.DoctorRequest{}))
+			if errdefs.IsUnavailable(err) && a.env.Doctor == nil && a.env.Whole != nil {
+				return a.env.Whole()
+			}
 			if errdefs.IsUnavailable(err) && a.env.Doctor != nil {
 				fmt.Fprintf(a.env.Stderr, "%v: checking this computer instead.\n", err)
 				return printFindings(a.env, a.format, a.env.Doctor(cmd.Context()))

@@ -2,16 +2,18 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	v1 "tandem/api/tandem/v1"
-	"tandem/internal/compose"
 
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
@@ -19,19 +21,25 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
+// compose reads Compose files, in this process or in the one that can.
+func (a *app) compose(ctx context.Context, o ComposeFiles) (*v1.ApplyProjectRequest, []string, error) {
+	if a.env.Compose == nil && a.env.Whole != nil {
+		return nil, nil, a.env.Whole()
+	}
+	o.Files = a.files
+	return a.env.Compose(ctx, o)
+}
+
 // load reads the Compose files that the flags name.
-func (a *app) load(ctx context.Context, profiles, envFiles []string, dir string) (*compose.Project, error) {
-	p, err := compose.Load(ctx, compose.Options{
-		Files: a.files, WorkingDir: dir, ProjectName: a.project,
-		Profiles: profiles, EnvFiles: envFiles, Env: os.Environ(),
-	})
+func (a *app) load(ctx context.Context, profiles, envFiles []string, dir string) (*v1.ApplyProjectRequest, error) {
+	req, warnings, err := a.compose(ctx, ComposeFiles{WorkingDir: dir, ProjectName: a.project, Profiles: profiles, EnvFiles: envFiles})
 	if err != nil {
 		return nil, err
 	}
-	for _, w := range p.Warnings {
+	for _, w := range warnings {
 		fmt.Fprintln(a.env.Stderr, "warning: "+w)
 	}
-	return p, nil
+	return req, nil
 }
 
 // projectName is the project that commands without a Compose file speak of:
@@ -40,14 +48,41 @@ func (a *app) projectName(ctx context.Context) (string, error) {
 	if a.project != "" {
 		return a.project, nil
 	}
-	p, err := compose.Load(ctx, compose.Options{Files: a.files, Profiles: []string{"*"}, Env: os.Environ()})
+	if len(a.files) == 0 && !composeHere(a.env.Getenv) {
+		return "", nil
+	}
+	req, _, err := a.compose(ctx, ComposeFiles{Profiles: []string{"*"}})
 	if err != nil {
-		if len(a.files) > 0 {
+		if len(a.files) > 0 || a.env.Compose == nil {
 			return "", err
 		}
 		return "", nil
 	}
-	return p.Request.GetProject(), nil
+	return req.GetProject(), nil
+}
+
+// composeHere is false where no Compose file can be meant: neither this directory
+// nor one above it has one of the usual name, and nothing says another.
+func composeHere(getenv func(string) string) bool {
+	if getenv("COMPOSE_FILE") != "" {
+		return true
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return true
+	}
+	for {
+		for _, name := range []string{"compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml", ".env"} {
+			if _, err := os.Stat(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+				return true
+			}
+		}
+		up := filepath.Dir(dir)
+		if up == dir {
+			return false
+		}
+		dir = up
+	}
 }
 
 // ofProject is the server and the project that a command without a service is for.
@@ -77,11 +112,10 @@ func (a *app) up() *cobra.Command {
 runs, and waits until every service runs and is healthy. --plan prints what would
 happen, with the reasons, and changes nothing.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, err := a.load(cmd.Context(), profiles, envFiles, dir)
+			req, err := a.load(cmd.Context(), profiles, envFiles, dir)
 			if err != nil {
 				return err
 			}
-			req := p.Request
 			for _, s := range scale {
 				name, n, ok := strings.Cut(s, "=")
 				count, err := strconv.ParseInt(n, 10, 32)

@@ -8,7 +8,6 @@ import (
 	"os/signal"
 	"time"
 
-	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"tandem/api/tandem/v1/tandemv1connect"
@@ -72,14 +71,10 @@ func (s *service) hungUp() <-chan struct{} {
 	return ended // nil: there was none
 }
 
-func handlerOptions() []connect.HandlerOption {
-	return []connect.HandlerOption{connect.WithInterceptors(rpc.Errors()), connect.WithReadMaxBytes(rpc.MaxGuestMessage)}
-}
-
 // handler serves what the agent has.
 func (s *service) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(tandemv1connect.NewGuestServiceHandler(s, handlerOptions()...))
+	mux.Handle(tandemv1connect.NewGuestServiceHandler(s, rpc.GuestHandlerOptions()...))
 	mux.Handle(s.containers.path(), s.containers)
 	return mux
 }

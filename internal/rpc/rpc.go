@@ -15,6 +15,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"math"
 	"net"
 	"net/http"
 	"time"
@@ -29,14 +30,23 @@ const (
 	MaxGuestMessage = 4 << 20  // from and to a guest
 )
 
+// Nothing is compressed: on a socket of this machine, or to a guest, that costs more
+// than it saves.
+var uncompressed = connect.WithCompressMinBytes(math.MaxInt32)
+
 // HandlerOptions are the options of every handler that a peer of trust calls.
 func HandlerOptions() []connect.HandlerOption {
-	return []connect.HandlerOption{connect.WithInterceptors(Errors()), connect.WithReadMaxBytes(MaxMessage)}
+	return []connect.HandlerOption{connect.WithInterceptors(Errors()), connect.WithReadMaxBytes(MaxMessage), uncompressed}
 }
 
 // ClientOptions are the options of every client of a peer of trust.
 func ClientOptions() []connect.ClientOption {
 	return []connect.ClientOption{connect.WithInterceptors(Errors()), connect.WithReadMaxBytes(MaxMessage), connect.WithGRPC()}
+}
+
+// GuestHandlerOptions are the options of every handler in a guest.
+func GuestHandlerOptions() []connect.HandlerOption {
+	return []connect.HandlerOption{connect.WithInterceptors(Errors()), connect.WithReadMaxBytes(MaxGuestMessage), uncompressed}
 }
 
 // GuestClientOptions are for clients that talk to a guest.

@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -30,7 +29,6 @@ import (
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 
 	"tandem/api/tandem/v1/tandemv1connect"
@@ -215,8 +213,7 @@ func listen(runDir string) (net.Listener, error) {
 // Handler serves all services and the agents' tunnels.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	// Nothing is compressed: on a socket of this machine that costs more than it saves.
-	opts := append(rpc.HandlerOptions(), connect.WithCompressMinBytes(math.MaxInt32))
+	opts := rpc.HandlerOptions()
 	mux.Handle(tandemv1connect.NewProjectServiceHandler(&projects{s}, opts...))
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(&containers{s}, opts...))
 	mux.Handle(tandemv1connect.NewMachineServiceHandler(&machines{s}, opts...))

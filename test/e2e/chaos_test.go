@@ -186,7 +186,7 @@ func (c *chaos) kill(target string, pause time.Duration) int {
 	case "qemu":
 		pids = c.Find("qemu-system", "-name")
 	case "monitor":
-		pids = c.Pids("tandem", "monitor")
+		pids = c.Pids("tandemd", "monitor")
 	case "iron": // the process of the container on metal
 		pids = c.Pids("sleep", "100000")
 	case "runc":

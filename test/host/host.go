@@ -33,7 +33,7 @@ type Host struct {
 	log   *os.File
 }
 
-// libDir is where tandem, runc and guest/ lie.
+// libDir is where tandem, tandemd, runc and guest/ lie.
 func libDir(t testing.TB) string {
 	d := os.Getenv("TANDEM_LIB_DIR")
 	if d == "" {
@@ -328,9 +328,9 @@ func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 // Server is the process of `tandem serve`.
 func (h *Host) Server() []int {
 	var out []int
-	for _, p := range h.Find("tandem", "serve") {
+	for _, p := range h.Find("tandemd", "serve") {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
-		if a := strings.Split(string(b), "\x00"); len(a) > 1 && filepath.Base(a[0]) == "tandem" && a[1] == "serve" {
+		if a := strings.Split(string(b), "\x00"); len(a) > 1 && filepath.Base(a[0]) == "tandemd" && a[1] == "serve" {
 			out = append(out, p)
 		}
 	}

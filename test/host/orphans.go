@@ -73,7 +73,7 @@ func (h *Host) AllProcesses() []Process {
 }
 
 // Pids lists the host's processes of a program, with that first argument if it
-// is not empty: Pids("tandem", "monitor").
+// is not empty: Pids("tandemd", "monitor").
 func (h *Host) Pids(program, arg string) []int {
 	var out []int
 	for _, p := range h.AllProcesses() {
@@ -204,7 +204,7 @@ func (h *Host) Orphans() []string {
 		}
 	}
 	for _, p := range h.AllProcesses() {
-		if p.Name() != "tandem" || len(p.Args) < 2 || !slices.Contains([]string{"serve", "monitor", "names"}, p.Args[1]) {
+		if p.Name() != "tandemd" || len(p.Args) < 2 || !slices.Contains([]string{"serve", "monitor", "names"}, p.Args[1]) {
 			out = append(out, fmt.Sprintf("process %d %s", p.Pid, strings.Join(p.Args, " ")))
 		}
 	}

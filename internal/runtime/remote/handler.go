@@ -34,7 +34,7 @@ var _ tandemv1connect.RuntimeServiceHandler = (*handler)(nil)
 // NewHandler serves a runtime; give the result to http.ServeMux.Handle.
 func NewHandler(rt runtime.Runtime) (path string, h http.Handler) {
 	return tandemv1connect.NewRuntimeServiceHandler(&handler{rt},
-		connect.WithInterceptors(rpc.Errors()), connect.WithReadMaxBytes(rpc.MaxGuestMessage))
+		rpc.GuestHandlerOptions()...)
 }
 
 func reply[T any](m *T, err error) (*connect.Response[T], error) {
