@@ -25,13 +25,10 @@ import (
 //     gave to a file beyond its end stay its own when it grows (ext4, xfs, tmpfs);
 //   - the log's segments: the one in use and the next two, each with logSlack more
 //     for the record that crosses its end;
-//   - a snapshot's small file, in a ballast that is let go some entries before.
-//     Somebody else may be quicker to take it: then no more entries are written,
-//     and so no snapshot, until space is freed.
-//
-// One moment is left: etcd ends a segment by cutting it to what is written, and
-// writes the last records, 128 KiB at most, after that. Who takes all of logSlack
-// in between stops the store; it says so, and starts again when there is space.
+//   - a snapshot's small file, and the last records of a segment: etcd cuts it to
+//     what is written, which gives the slack away, and writes some more. There is a
+//     ballast for both, let go some entries before. Somebody else may be quicker to
+//     take it: then nothing is written until there is space, and so neither comes.
 //
 // When the disk runs short, writes that make the state grow are refused (see
 // Growing); all others go on from the reserve, and are refused before it is used
@@ -43,7 +40,8 @@ const (
 	dbReserve    = 16 << 20
 	dbMargin     = 1 << 20 // of dbReserve: the data base's own pages
 	ballastBytes = 1 << 20
-	snapFile     = 64 << 10               // what a snapshot's file needs, generously
+	endSpace     = 256 << 10              // what a snapshot's file needs, or the end of a segment, generously
+	cutMargin    = 1 << 20                // of a segment, before its end, at which endSpace must be there
 	snapEvery    = 5000                   // entries of the log
 	snapMargin   = 500                    // entries before the next snapshot at which its space must be there: more than can be on their way
 	stolenWithin = 200 * time.Millisecond // in which somebody who takes every free block has taken what is let go
@@ -172,11 +170,19 @@ func (r *reserve) note(err error) bool {
 	return false
 }
 
+// ask refuses what would take the space that was let go for others' sake, see endFits.
+func (r *reserve) ask(bytes int64) error {
+	if free, _ := freeBytes(r.dir); free < uint64(max(bytes, 0))+ballastBytes {
+		return unix.ENOSPC
+	}
+	return nil
+}
+
 // growDB gives the data base its next blocks.
 func (r *reserve) growDB() {
 	const step = 1 << 20
 	want := (r.used() + dbReserve + step - 1) &^ (step - 1)
-	if r.dbEnd < want-dbReserve/8 && r.note(promise(r.etcd("snap", "db"), want)) {
+	if r.dbEnd < want-dbReserve/8 && r.note(r.ask(want-r.dbEnd)) && r.note(promise(r.etcd("snap", "db"), want)) {
 		r.dbEnd = want
 	}
 }
@@ -206,12 +212,12 @@ func (r *reserve) growLog() {
 		if have[0] {
 			i = 1
 		}
-		have[i] = r.note(r.spare(dir, strconv.Itoa(i)+".tmp"))
+		have[i] = r.note(r.ask(segmentBytes+logSlack)) && r.note(r.spare(dir, strconv.Itoa(i)+".tmp"))
 	}
 	for i := range have {
 		f := filepath.Join(dir, strconv.Itoa(i)+".tmp")
 		st, err := os.Stat(f)
-		have[i] = have[i] && err == nil && (blocks(st) >= segmentBytes+logSlack || r.note(promise(f, segmentBytes+logSlack)))
+		have[i] = have[i] && err == nil && (blocks(st) >= segmentBytes+logSlack || r.note(r.ask(segmentBytes+logSlack-blocks(st))) && r.note(promise(f, segmentBytes+logSlack)))
 	}
 	if r.spares = have[0] && have[1]; r.spares {
 		r.unbacked = 0
@@ -288,15 +294,18 @@ func (r *reserve) lacks(bytes int64) string {
 	case r.backed != r.tail, !r.spares && r.unbacked > segmentBytes/2:
 		return "for the log"
 	}
-	if r.index() >= r.snapshotIndex()+snapEvery-snapMargin && !r.snapshotFits() {
+	if at, ok := offset(r.etcd("wal", r.tail)); (!ok || at >= segmentBytes-cutMargin) && !r.endFits() {
+		return "for the end of a segment of the log"
+	}
+	if r.index() >= r.snapshotIndex()+snapEvery-snapMargin && !r.endFits() {
 		return "for a snapshot"
 	}
 	return ""
 }
 
-// snapshotFits sees to the space for a snapshot's file. The lock is held.
-func (r *reserve) snapshotFits() bool {
-	if free, _ := freeBytes(r.dir); free >= snapFile {
+// endFits sees to endSpace, from the ballast. The lock is held.
+func (r *reserve) endFits() bool {
+	if free, _ := freeBytes(r.dir); free >= endSpace {
 		return true
 	}
 	if os.Remove(r.ballast()) != nil {
@@ -309,6 +318,29 @@ func (r *reserve) snapshotFits() bool {
 	time.Sleep(stolenWithin)
 	free, _ := freeBytes(r.dir)
 	return free >= ballastBytes/2
+}
+
+// offset is how far this process has come in a file that it has open: the kernel
+// tells of each.
+func offset(file string) (at int64, ok bool) {
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return 0, false
+	}
+	for _, fd := range fds {
+		if to, err := os.Readlink(filepath.Join("/proc/self/fd", fd.Name())); err != nil || to != file {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join("/proc/self/fdinfo", fd.Name()))
+		if err != nil {
+			continue
+		}
+		line, _, _ := strings.Cut(string(b), "\n")
+		if n, err := strconv.ParseInt(strings.TrimSpace(strings.TrimPrefix(line, "pos:")), 10, 64); err == nil {
+			at, ok = max(at, n), true
+		}
+	}
+	return at, ok
 }
 
 // snapshotIndex is the entry of the log that the newest snapshot stands for.
