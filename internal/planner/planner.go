@@ -8,10 +8,81 @@ type Question struct {
 	// what they hold; idle names machines that have been empty for long enough
 	// to be stopped.
 	Trim *Trim
+	// HostLost names hosts that are gone for good, all at once: where do their
+	// machines and containers start again? The hosts count as down.
+	HostLost []string
+	// EmptyHost names hosts that shall run nothing: what goes where? They take
+	// nothing new in the meantime.
+	EmptyHost []string
+	// Rebalance asks for what makes the state better without emptying hosts:
+	// broken rules and guarantees mended, replicas spread, the fullest relieved.
+	Rebalance *Budget
+	// Consolidate asks how to need fewer machines and hosts.
+	Consolidate *Consolidate
+	// WhatIf asks what would happen after changes that were not made.
+	WhatIf *WhatIf
 }
 
 // Trim bounds what a Trim question may do.
 type Trim struct {
 	Idle   []string // empty machines that may stop now
 	Shrink bool     // shrink machines to what they hold (down to base)
+}
+
+// Budget bounds the disruption of a plan. Zero means none of that kind, a
+// negative number any amount.
+type Budget struct {
+	Containers int   // moved by start-before-stop; those inside a migrated machine count too
+	Machines   int   // migrated while they run
+	Bytes      int64 // memory of what moves
+}
+
+// Consolidate bounds what a Consolidate question may do.
+type Consolidate struct {
+	Budget Budget
+	// Hosts bounds how many hosts may be emptied in one plan; 0: any number.
+	Hosts int
+	// PowerOff lets the plan switch off hosts that run nothing and that the
+	// guarantee does without.
+	PowerOff bool
+	// KeepOn is how many empty hosts stay on in any case.
+	KeepOn int
+}
+
+// WhatIf is a set of changes to try: hosts first, then services. The plan places
+// all that is not placed then, those of removed hosts included.
+type WhatIf struct {
+	AddHosts    []Host
+	RemoveHosts []string
+	Scale       []Scale
+}
+
+// Scale sets a service's number of containers: more are made like the first by
+// id, the last by id are taken away.
+type Scale struct {
+	Project, Service string
+	Replicas         int
+}
+
+// Policy holds for the whole state; see State.SetPolicy.
+type Policy struct {
+	// HostLosses is how many hosts may be lost at the same time (0, 1 or 2)
+	// with a destination that fits kept for everything that is covered.
+	HostLosses int
+}
+
+// Pool is a share of the cluster, nested by its path: "/a/b" is inside "/a". A
+// container counts in its pool and in all above.
+type Pool struct {
+	Path        string
+	Reservation Size  // kept for the pool's containers; zero: none
+	Limit       Size  // most that they reserve; a zero dimension: no limit
+	Shares      int64 // weight against its siblings when not all fits; 0: 1000
+}
+
+// Quota bounds a project. Zero fields do not bound.
+type Quota struct {
+	Request    Size // sum of what its placed containers reserve
+	Containers int  // placed
+	Machines   int
 }

@@ -37,6 +37,10 @@ type Capabilities struct {
 	// BootSeconds and GrowSeconds are what an action takes here, for the cost.
 	BootSeconds float64
 	GrowSeconds float64
+	// MoveSecondsGiB is what a live migration takes for each GiB; 0: the back end
+	// can't migrate running machines.
+	MoveSecondsGiB float64
+	PowerOnSeconds float64
 }
 
 // Host is a server.
@@ -51,6 +55,9 @@ type Host struct {
 	Labels       map[string]string
 	Cordoned     bool // takes nothing new
 	Down         bool
+	// Off says that the host is switched off and can be switched on when it is
+	// worth it (PowerOn). It holds nothing.
+	Off bool
 }
 
 // Machine is a VM; Size includes the guest's overhead.
@@ -84,10 +91,21 @@ type Container struct {
 	Ports     []Port
 	Volumes   []string // ids of volumes; see State.SetVolume
 	Hosts     []string // only these host IDs; empty: any
-	Spread    string   // "", "host", "machine", "zone"
+	Zones     []string // only these zones; empty: any
+	Pool      string   // "/a/b"; empty: none; see State.SetPool
+	// Uncovered leaves the container out of the guarantee: it is not started
+	// elsewhere when its host is lost, unless there happens to be room.
+	Uncovered bool
+	// Stateful says that it can't run twice: it is not moved by
+	// start-before-stop; its machine may be migrated.
+	Stateful bool
+	Spread   string // "", "host", "machine", "zone"
 	// AntiServices are services of its project that must not share its machine
 	// (layer "machine") or host (layer "host").
 	Anti []AntiRule
+	// Near are services of its project one of which must be beside it, once any
+	// of them runs.
+	Near []NearRule
 	// Machine and Host are where it is; empty: not placed.
 	Machine string
 	Host    string
@@ -96,8 +114,14 @@ type Container struct {
 // AntiRule keeps a container from the company of another service.
 type AntiRule struct {
 	Service string
-	Layer   string // "machine" or "host"
+	Layer   string // "machine", "host" or "zone"
 	Max     int    // at most so many of Service beside this container
+}
+
+// NearRule asks for the company of another service.
+type NearRule struct {
+	Service string
+	Layer   string // "machine", "host" or "zone"
 }
 
 // Kind is what an action does.
@@ -112,6 +136,12 @@ const (
 	Boot   Kind = "boot"   // new machine, size To, on Host
 	Stop   Kind = "stop"   // empty machine
 	Move   Kind = "move"   // container to another machine (start before stop)
+
+	Migrate  Kind = "migrate"   // running machine, FromHost -> Host, with all that is in it
+	Restart  Kind = "restart"   // machine of a lost host starts again on Host, with all that was in it
+	Evict    Kind = "evict"     // container gives way: it stops and has no place
+	PowerOn  Kind = "power-on"  // Host
+	PowerOff Kind = "power-off" // Host, which runs nothing
 )
 
 // Action is one step of a plan; steps are in the order in which to do them.
@@ -121,10 +151,19 @@ type Action struct {
 	Machine   string // for Boot: a temporary name, "new-1", "new-2", ... within the plan
 	Host      string
 	From, To  Size
+	// FromMachine and FromHost are where a moved container, a migrated or a
+	// restarted machine was.
+	FromMachine string
+	FromHost    string
+	// Seconds is how long the step takes where the host says so; Cost is what the
+	// option was weighed at, in seconds-equivalents.
+	Seconds   float64
+	Cost      float64
+	Bytes     int64     // memory that a Move or Migrate carries
 	Project   string    // of a booted machine
 	Isolation Isolation // of a booted machine
 	Ceiling   Size      // of a booted machine
-	Reason    Reason    // with Place, PlaceM and Move: why here
+	Reason    Reason    // why here, or why at all
 }
 
 // Reason is why an option won.
