@@ -15,9 +15,12 @@ func (s *State) addMachine(m *machine) {
 	}
 	m.group = s.groups[k]
 	s.machines[m.ID] = m
+	s.chargeMachine(m, 1)
 	s.perKind[m.Isolation]++
 	h.machines = insertByID(h.machines, m)
 	h.machinesSize = h.machinesSize.add(m.Size)
+	m.overhead = h.GuestExtra.add(h.MachineExtra)
+	h.busy = h.busy.add(m.overhead)
 	s.indexMachine(m)
 	s.reindexHost(h)
 }
@@ -32,9 +35,11 @@ func (s *State) dropMachine(m *machine) {
 		delete(s.groups, groupOf(m.Isolation, m.Project))
 	}
 	delete(s.machines, m.ID)
+	s.chargeMachine(m, -1)
 	s.perKind[m.Isolation]--
 	h.machines = removeByID(h.machines, m)
 	h.machinesSize = h.machinesSize.sub(m.Size)
+	h.busy = h.busy.sub(m.overhead)
 	s.reindexHost(h)
 }
 
@@ -49,7 +54,13 @@ func (s *State) resize(m *machine, to Size) {
 // place puts a container that is nowhere into m, or onto h itself when m is nil.
 func (s *State) place(c *container, h *host, m *machine) {
 	c.host, c.machine, c.Host = h, m, h.ID
+	s.charge(c, 1)
 	h.all.add(c)
+	h.busy = h.busy.add(c.need)
+	s.follow(h)
+	if c.Class == Batch {
+		h.batch++
+	}
 	if m != nil {
 		c.Machine = m.ID
 		s.unindexMachine(m)
@@ -75,7 +86,16 @@ func (s *State) place(c *container, h *host, m *machine) {
 			s.services[k] = map[*host]int{}
 		}
 		s.services[k][h]++
+		s.zones[zoneKey{k, h.Zone}]++
 	}
+	if c.zoned() {
+		s.zoneAnti[c.Project] = insertByID(s.zoneAnti[c.Project], c)
+	}
+}
+
+// zoned says whether c brings rules about its zone.
+func (c *container) zoned() bool {
+	return slices.ContainsFunc(c.Anti, func(r AntiRule) bool { return r.Layer == "zone" })
 }
 
 func (s *State) unplace(c *container) {
@@ -83,8 +103,15 @@ func (s *State) unplace(c *container) {
 	if h == nil {
 		return
 	}
+	s.release(c)
 	c.host, c.machine, c.Host, c.Machine = nil, nil, "", ""
+	s.charge(c, -1)
 	h.all.remove(c)
+	h.busy = h.busy.sub(c.need)
+	s.follow(h)
+	if c.Class == Batch {
+		h.batch--
+	}
 	if m != nil {
 		s.unindexMachine(m)
 		m.sum = m.sum.sub(c.need)
@@ -109,8 +136,16 @@ func (s *State) unplace(c *container) {
 			delete(s.users, v)
 		}
 	}
+	if c.zoned() {
+		s.zoneAnti[c.Project] = removeByID(s.zoneAnti[c.Project], c)
+	}
 	if c.Service != "" {
 		k := c.service()
+		if z := (zoneKey{k, h.Zone}); s.zones[z] > 1 {
+			s.zones[z]--
+		} else {
+			delete(s.zones, z)
+		}
 		if s.services[k][h]--; s.services[k][h] == 0 {
 			delete(s.services[k], h)
 			if len(s.services[k]) == 0 {
@@ -157,15 +192,30 @@ func (s *State) unindexHost(h *host) {
 		s.open.remove(h.key, h)
 		h.indexed = false
 	}
+	if h.Off {
+		s.off = removeByID(s.off, h)
+	}
+	s.total, s.taken, s.busy = s.total.sub(h.counted), s.taken.sub(h.spent), s.busy.sub(h.worked)
+	h.counted, h.spent, h.worked = Size{}, Size{}, Size{}
 }
 
 func (s *State) indexHost(h *host) {
+	for _, m := range h.machines { // overheads are the host's, and may have changed
+		now := h.GuestExtra.add(h.MachineExtra)
+		h.busy = h.busy.sub(m.overhead).add(now)
+		m.overhead = now
+	}
 	for _, m := range h.machines {
 		s.indexMachine(m)
 	}
 	if h.takes() {
-		h.key, h.indexed = key(h.free()), true
+		h.key, h.indexed = key(h.avail()), true
 		s.open.add(h.key, h)
+		h.counted, h.spent, h.worked = h.Capacity, h.used(), h.busy
+		s.total, s.taken, s.busy = s.total.add(h.counted), s.taken.add(h.spent), s.busy.add(h.worked)
+	}
+	if h.Off {
+		s.off = insertByID(s.off, h)
 	}
 }
 
@@ -175,7 +225,11 @@ func (s *State) reindexHost(h *host) {
 	if !h.indexed {
 		return
 	}
-	if k := key(h.free()); k != h.key {
+	s.taken = s.taken.sub(h.spent)
+	h.spent = h.used()
+	s.taken = s.taken.add(h.spent)
+	s.follow(h)
+	if k := key(h.avail()); k != h.key {
 		s.open.remove(h.key, h)
 		h.key = k
 		s.open.add(k, h)
@@ -189,5 +243,13 @@ func (s *State) reindexHost(h *host) {
 			m.roomKey = k
 			m.group.room.add(k, m)
 		}
+	}
+}
+
+// follow keeps the sum of what hosts' containers and overheads use.
+func (s *State) follow(h *host) {
+	if h.indexed {
+		s.busy = s.busy.sub(h.worked).add(h.busy)
+		h.worked = h.busy
 	}
 }

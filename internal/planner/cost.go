@@ -5,8 +5,8 @@ package planner
 const (
 	// WeightSecond is for each second until the container runs.
 	WeightSecond = 1.0
-	// WeightPinnedGiB is for each GiB bound for good: the machine's growth, or a
-	// new machine with its overheads. A free slot binds nothing.
+	// WeightPinnedGiB is for each GiB bound for good beyond what the container
+	// asks for: overheads of a new machine, and what steps round up.
 	WeightPinnedGiB = 8.0
 	// WeightSameHost is for each replica of the service already on the host: a
 	// host is lost as a whole, so another host is worth a boot.
@@ -16,12 +16,17 @@ const (
 	WeightSameMachine = 0.25
 	// WeightAskedSpread replaces the weight of the layer that Spread names.
 	WeightAskedSpread = 1000.0
-	// WeightFragmentation is for what stays free being large (tight fits first)
-	// and lopsided (much CPU without memory, or the reverse).
-	WeightFragmentation = 0.25
+	// WeightFit is for what stays free on the host, as the mean of the squares of
+	// its parts: full hosts become fuller and empty ones stay empty, so that they
+	// can be switched off, and neither CPU nor memory is left alone.
+	WeightFit = 16.0
 	// WeightRest is for the part of the question's other containers of the same
 	// project that would not fit beside this one.
 	WeightRest = 4.0
+	// WeightPowerOn is for a host that has to be switched on.
+	WeightPowerOn = 1000.0
+	// WeightMoveGiB is for each GiB that a move or a migration carries.
+	WeightMoveGiB = 1.0
 )
 
 const gib = float64(1 << 30)
@@ -43,12 +48,13 @@ const (
 	termSeconds = iota
 	termPinned
 	termSpread
-	termFragmentation
+	termFit
 	termRest
+	termPower
 	nTerms
 )
 
-var termNames = [nTerms]string{"seconds", "pinned", "spread", "fragmentation", "rest"}
+var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power"}
 
 func (a *candidate) id() string {
 	if a.machine != nil {
@@ -84,40 +90,52 @@ func rank(k Kind) int {
 func (d *decision) weigh(c *container, a *candidate) {
 	h, m := a.host, a.machine
 	caps := &h.Capabilities
-	var left, whole Size
 	switch a.kind {
 	case Place:
-		left, whole = m.free().sub(c.need), m.Size
 		if m.fresh {
 			a.seconds = caps.BootSeconds
 		}
 	case Grow:
-		a.to = h.stepUp(m.Size, m.used().add(c.need))
+		want := m.used().add(c.need)
+		a.to = h.stepUp(m.Size, want)
 		a.grown = a.to.sub(m.Size)
-		a.pinned = a.grown.Memory
+		a.pinned = max(0, a.to.Memory-max(want.Memory, m.Size.Memory))
 		a.seconds = caps.GrowSeconds
 		if m.fresh { // it starts in that size
 			a.seconds = caps.BootSeconds
 		}
-		left, whole = h.free().sub(a.grown), h.Capacity
 	case Boot:
 		a.to = bootSize(h, c.need)
 		a.seconds = caps.BootSeconds
-		a.pinned = a.to.Memory + h.MachineExtra.Memory
-		left, whole = h.free().sub(a.to).sub(h.MachineExtra), h.Capacity
+		a.pinned = max(0, a.to.Memory-c.need.Memory) + h.MachineExtra.Memory
 	case PlaceM:
-		a.pinned = c.need.Memory
-		left, whole = h.free().sub(c.need), h.Capacity
+	}
+	power := 0.0
+	if h.Off {
+		a.seconds += caps.PowerOnSeconds
+		power = WeightPowerOn
 	}
 	a.terms[termSeconds] = WeightSecond * a.seconds
 	a.terms[termPinned] = WeightPinnedGiB * float64(a.pinned) / gib
 	a.terms[termSpread] = d.spread(c, a)
-	a.terms[termFragmentation] = WeightFragmentation * fragmentation(left, whole)
+	a.terms[termFit] = WeightFit * fit(c, a)
 	a.terms[termRest] = d.rest(c, a)
+	a.terms[termPower] = power
 	a.cost = 0
 	for _, t := range a.terms {
 		a.cost += t
 	}
+}
+
+// fit is 0 (nothing stays free on the host) to 1 (empty). What machines hold free
+// counts as free: it can be given back.
+func fit(c *container, a *candidate) float64 {
+	left := a.host.idle().sub(c.need)
+	if a.kind == Boot {
+		left = left.sub(a.host.GuestExtra).sub(a.host.MachineExtra)
+	}
+	cpu, mem := share(left.CPU, a.host.Capacity.CPU), share(left.Memory, a.host.Capacity.Memory)
+	return (cpu*cpu + mem*mem) / 2
 }
 
 // spread charges for replicas of the same service nearby: hosts first, then machines.
@@ -147,29 +165,9 @@ func (d *decision) spread(c *container, a *candidate) float64 {
 	}
 	cost := perHost*float64(onHost) + perMachine*float64(inMachine)
 	if perZone > 0 {
-		cost += perZone * float64(d.inZone(k, a.host.Zone))
+		cost += perZone * float64(d.s.inZone(k, a.host.Zone))
 	}
 	return cost
-}
-
-func (d *decision) inZone(k serviceKey, zone string) int {
-	n := 0
-	for h, count := range d.s.services[k] { // a sum: order does not matter
-		if h.Zone == zone {
-			n += count
-		}
-	}
-	return n
-}
-
-// fragmentation is 0 (full) to 1.5 (empty and lopsided).
-func fragmentation(left, whole Size) float64 {
-	cpu, mem := share(left.CPU, whole.CPU), share(left.Memory, whole.Memory)
-	lopsided := cpu - mem
-	if lopsided < 0 {
-		lopsided = -lopsided
-	}
-	return (cpu+mem)/2 + lopsided/2
 }
 
 func share(part, whole int64) float64 {
@@ -187,10 +185,10 @@ func (d *decision) rest(c *container, a *candidate) float64 {
 		var room Size
 		switch a.kind {
 		case Boot:
-			top := a.host.ceiling().min(a.host.free().sub(a.host.MachineExtra))
+			top := a.host.ceiling().min(a.host.avail().sub(a.host.MachineExtra))
 			room = top.sub(a.host.GuestExtra).sub(c.need)
 		case PlaceM:
-			room = a.host.free().sub(c.need)
+			room = a.host.avail().sub(c.need)
 		default:
 			room = a.machine.room().sub(c.need)
 		}

@@ -8,50 +8,73 @@ import (
 	"strings"
 )
 
-// Search bounds: how many candidates of a kind are weighed, and how many
-// machines or hosts are looked at to find them or to explain why not.
+// Search bounds: how many candidates of a kind are weighed, how many machines or
+// hosts are looked at to find them or to explain why not, and how far the
+// guarantee looks. A feasible place is found whatever they are.
 const (
-	maxWeighed   = 64
-	maxExamined  = 4096
-	maxExplained = 256
+	maxWeighed    = 48
+	maxExamined   = 512
+	maxExplained  = 256
+	maxNearMisses = 8
+	maxStanding   = 512
+	maxClaims     = 4096
+	maxSecured    = 16 // options tried against the guarantee
 )
 
 // decision is a plan in the making. It works on the state itself and takes
 // everything back at the end.
 type decision struct {
-	s     *State
-	undo  []func()
-	left  map[groupKey]Size // requests of the question not placed yet
-	from  map[*machine]Size // sizes before the first growth
-	fresh int               // machines booted, for their names
-	done  []placed
-	out   []Unplaced
-	loose bool // second try: ignore spread, largest first
-}
-
-type placed struct {
-	c       *container
-	chosen  *candidate
-	machine *machine
-	weighed []*candidate
-	misses  []Exclusion
-	near    string // "m-5 was 1.2 CPU short"
+	s       *State
+	undo    []func()
+	left    map[groupKey]Size // requests of the question not placed yet
+	from    map[*machine]Size // sizes before the first growth
+	fresh   int               // machines booted, for their names
+	actions []Action
+	at      map[*machine]int // where a machine is booted or grown in actions
+	out     []Unplaced
+	loose   bool  // second try: ignore spread, largest first
+	asked   int   // containers in the question
+	noPower bool  // hosts stay as they are
+	relaxed bool  // after a loss: the guarantee is kept where it can be
+	evict   bool  // batch work may give way
+	only    *host // nothing but this host
+	not     *host // anything but this host
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about
 // the question itself (unknown or placed containers); what fits nowhere is in
 // Plan.Unplaced.
 func (s *State) Decide(q Question) (*Plan, error) {
+	n := 0
+	for _, set := range []bool{q.Place != nil, q.Trim != nil, q.HostLost != nil, q.EmptyHost != nil, q.Rebalance != nil, q.Consolidate != nil, q.WhatIf != nil} {
+		if set {
+			n++
+		}
+	}
 	switch {
-	case q.Trim != nil && q.Place != nil:
-		return nil, errors.New("question with both Place and Trim: ask one at a time")
+	case n == 0:
+		return nil, errors.New("empty question: set one of its fields")
+	case n > 1:
+		return nil, errors.New("question with several fields set: ask one at a time")
 	case q.Trim != nil:
 		return s.trim(q.Trim)
-	case q.Place == nil:
-		return nil, errors.New("empty question: set Place or Trim")
+	case q.HostLost != nil:
+		return s.hostLost(q.HostLost)
+	case q.EmptyHost != nil:
+		return s.emptyHosts(q.EmptyHost)
+	case q.Rebalance != nil:
+		return s.rebalance(*q.Rebalance)
+	case q.Consolidate != nil:
+		return s.consolidate(*q.Consolidate)
+	case q.WhatIf != nil:
+		return s.whatIf(q.WhatIf)
 	}
-	list := make([]*container, 0, len(q.Place))
-	for _, id := range q.Place {
+	return s.placeAll(q.Place)
+}
+
+func (s *State) placeAll(ids []string) (*Plan, error) {
+	list := make([]*container, 0, len(ids))
+	for _, id := range ids {
 		c := s.containers[id]
 		if c == nil {
 			return nil, fmt.Errorf("place container %q: not known; SetContainer it first", id)
@@ -61,8 +84,10 @@ func (s *State) Decide(q Question) (*Plan, error) {
 		}
 		list = append(list, c)
 	}
-	slices.SortFunc(list, func(a, b *container) int { return strings.Compare(a.ID, b.ID) })
-	list = slices.Compact(list)
+	if len(list) > 1 {
+		slices.SortFunc(list, func(a, b *container) int { return strings.Compare(a.ID, b.ID) })
+		list = slices.Compact(list)
+	}
 	plan := s.try(list, false)
 	if len(plan.Unplaced) > 0 && len(list) > 1 {
 		// Packing in another order may serve more of them.
@@ -73,24 +98,36 @@ func (s *State) Decide(q Question) (*Plan, error) {
 	return plan, nil
 }
 
+func (s *State) decision() *decision { return &decision{s: s} }
+
+// back takes everything back.
+func (d *decision) back() { rollback(&d.undo, 0) }
+
 // try places the containers one after the other and rolls back.
 func (s *State) try(list []*container, loose bool) *Plan {
-	d := &decision{s: s, left: map[groupKey]Size{}, from: map[*machine]Size{}, loose: loose}
-	defer func() {
-		for i := len(d.undo) - 1; i >= 0; i-- {
-			d.undo[i]()
-		}
-	}()
-	for _, c := range list {
-		k := groupOf(c.Isolation, c.Project)
-		d.left[k] = d.left[k].add(c.need)
-	}
-	for _, c := range d.order(list) {
-		d.decide(c)
-		k := groupOf(c.Isolation, c.Project)
-		d.left[k] = d.left[k].sub(c.need)
-	}
+	d := s.decision()
+	d.loose, d.asked, d.evict = loose, len(list), true
+	defer d.back()
+	d.placeList(list)
 	return d.plan()
+}
+
+func (d *decision) placeList(list []*container) {
+	if len(list) > 1 {
+		d.left = map[groupKey]Size{}
+		for _, c := range list {
+			k := groupOf(c.Isolation, c.Project)
+			d.left[k] = d.left[k].add(c.need)
+		}
+		list = d.order(list)
+	}
+	for _, c := range list {
+		d.decide(c)
+		if d.left != nil {
+			k := groupOf(c.Isolation, c.Project)
+			d.left[k] = d.left[k].sub(c.need)
+		}
+	}
 }
 
 // order: the constrained before the free, the large before the small, so that
@@ -130,32 +167,180 @@ func (d *decision) order(list []*container) []*container {
 	return list
 }
 
-// decide places one container on the tentative state.
-func (d *decision) decide(c *container) {
-	f := &finder{d: d, c: c}
+// decide places one container on the tentative state, or says why it can't.
+func (d *decision) decide(c *container) bool {
+	s := d.s
+	if x := s.admission(c); !x.ok() {
+		d.refuse(c, x)
+		return false
+	}
+	f := &finder{d: d, c: c, found: s.scratch.found[:0], misses: s.scratch.misses[:0]}
+	defer func() { s.scratch.found, s.scratch.misses = f.found, f.misses }()
 	if c.Isolation == Metal {
 		f.hosts(PlaceM)
 	} else {
 		f.machines()
 		f.hosts(Boot)
 	}
-	if len(f.found) == 0 {
-		d.out = append(d.out, Unplaced{
-			Container: c.ID,
-			Reason:    Reason{Summary: f.nothing(), Exclusions: f.list()},
-			Remedy:    f.remedy(),
-		})
-		return
+	if d.settle(f) {
+		return true
 	}
-	best := f.found[0]
-	for _, a := range f.found[1:] {
-		if a.less(best) {
-			best = a
+	if s.policy.HostLosses > 0 || len(s.standing) > 0 {
+		n := len(f.found)
+		f.reserved()
+		if len(f.found) > n && d.settle(f) {
+			return true
 		}
 	}
-	p := placed{c: c, chosen: best, weighed: notable(f.found, best), misses: f.list(), near: f.nearest()}
-	p.machine = d.apply(c, best)
-	d.done = append(d.done, p)
+	if !d.noPower && d.power(f) {
+		return true
+	}
+	if d.evict && c.Class == Latency && d.giveWay(f) {
+		return true
+	}
+	if d.relaxed && len(f.found) > 0 {
+		d.choose(f, f.ranked(1)[0])
+		return true
+	}
+	d.out = append(d.out, Unplaced{
+		Container: c.ID,
+		Reason:    Reason{Summary: f.nothing(), Exclusions: f.list()},
+		Remedy:    f.remedy(),
+	})
+	return false
+}
+
+// refuse is for what no place can mend.
+func (d *decision) refuse(c *container, x miss) {
+	remedy := "raise the quota of project " + c.Project + ", or remove something of it"
+	if x.rule == RulePool {
+		remedy = "raise the limit of the pool, or lower what others have reserved"
+	}
+	d.out = append(d.out, Unplaced{Container: c.ID, Remedy: remedy, Reason: Reason{
+		Summary:    fmt.Sprintf("%s (%s) is not admitted: %s", c.ID, c.need, x.detail),
+		Exclusions: []Exclusion{{Rule: x.rule, Layer: "cluster", Count: 1, Detail: x.detail}},
+	}})
+}
+
+// settle takes the cheapest option that keeps the guarantee.
+func (d *decision) settle(f *finder) bool {
+	if len(f.found) == 0 {
+		return false
+	}
+	if d.s.policy.HostLosses == 0 && len(d.s.standing) == 0 {
+		d.choose(f, f.best())
+		return true
+	}
+	for _, i := range f.ranked(maxSecured) {
+		start := len(d.undo)
+		if d.choose(f, i) {
+			return true
+		}
+		rollback(&d.undo, start)
+	}
+	f.turnedAway("host", "", miss{rule: RuleFailover, detail: "no other host would have room for it after a loss"}, len(f.found))
+	return false
+}
+
+// choose carries out option i and keeps it with its reason, if the guarantee allows.
+func (d *decision) choose(f *finder, i int) bool {
+	a := f.found[i]
+	if !d.roomFor(&a, f.c) {
+		return false
+	}
+	m := d.apply(f.c, &a)
+	if !d.s.secure(f.c, &d.undo) && !d.relaxed {
+		return false
+	}
+	d.record(f, i, m)
+	return true
+}
+
+// roomFor frees on the option's host what it keeps back, if need be.
+func (d *decision) roomFor(a *candidate, c *container) bool {
+	var want Size
+	switch a.kind {
+	case Grow:
+		want = a.grown
+	case Boot:
+		want = a.to.add(a.host.MachineExtra)
+	case PlaceM:
+		want = c.need
+	}
+	return want.fits(a.host.avail()) || d.s.makeRoom(a.host, want, &d.undo)
+}
+
+// power switches hosts on until one of the options works out.
+func (d *decision) power(f *finder) bool {
+	s := d.s
+	start, acts := len(d.undo), len(d.actions)
+	for range s.policy.HostLosses + 2 {
+		h := d.spare(f.c, len(f.found) > 0)
+		if h == nil {
+			break
+		}
+		d.powerOn(h, f.c)
+		g := &finder{d: d, c: f.c}
+		if f.c.Isolation == Metal {
+			g.hosts(PlaceM)
+		} else {
+			g.machines()
+			g.hosts(Boot)
+		}
+		f.found = append(f.found[:0], g.found...)
+		if d.settle(f) {
+			return true
+		}
+	}
+	rollback(&d.undo, start)
+	d.actions = d.actions[:acts]
+	f.found = f.found[:0]
+	return false
+}
+
+// spare is the host to switch on: the smallest that would hold c; with any, the
+// largest will do as a standby when none holds it.
+func (d *decision) spare(c *container, anyway bool) *host {
+	var best *host
+	for i, h := range d.s.off {
+		if i >= maxExplained {
+			break
+		}
+		if h == d.not || d.only != nil && d.only != h {
+			continue
+		}
+		h.Off = false
+		ok := d.s.bootRules(c, h).ok()
+		if c.Isolation == Metal {
+			ok = d.s.metalRules(c, h).ok()
+		}
+		h.Off = true
+		if !ok && !anyway {
+			continue
+		}
+		if best == nil || h.Capacity.fits(best.Capacity) && h.Capacity != best.Capacity {
+			best = h
+		}
+	}
+	return best
+}
+
+func (d *decision) powerOn(h *host, c *container) {
+	d.power1(h, false)
+	d.actions = append(d.actions, Action{Kind: PowerOn, Host: h.ID, Seconds: h.Capabilities.PowerOnSeconds, Cost: WeightPowerOn,
+		Reason: Reason{Summary: "switched " + h.ID + " on: nothing that is on has room for " + c.ID + " and keeps the guarantee"}})
+}
+
+// power1 switches h off or on in the tentative state.
+func (d *decision) power1(h *host, off bool) {
+	set := func(v bool) {
+		d.s.unindexHost(h)
+		h.Off = v
+		d.s.indexHost(h)
+	}
+	was := h.Off
+	set(off)
+	d.undo = append(d.undo, func() { set(was) })
 }
 
 // apply carries an option out on the tentative state.
@@ -174,8 +359,12 @@ func (d *decision) apply(c *container, a *candidate) *machine {
 		d.undo = append(d.undo, func() { s.dropMachine(m) })
 	case Grow:
 		before := m.Size
+		if d.from == nil {
+			d.from = map[*machine]Size{}
+		}
 		if _, ok := d.from[m]; !ok {
 			d.from[m] = before
+			d.undo = append(d.undo, func() { delete(d.from, m) })
 		}
 		s.resize(m, a.to)
 		d.undo = append(d.undo, func() { s.resize(m, before) })
@@ -202,31 +391,48 @@ func (d *decision) name() string {
 	}
 }
 
-// plan puts the placements into actions: a machine is booted or grown once, to
-// its final size, before the first container that needs it.
-func (d *decision) plan() *Plan {
-	p := &Plan{Revision: d.s.rev, Unplaced: d.out}
-	seen := map[*machine]bool{}
-	for _, x := range d.done {
-		m := x.machine
-		if m == nil {
-			p.Actions = append(p.Actions, Action{Kind: PlaceM, Container: x.c.ID, Host: x.chosen.host.ID, Reason: x.reason()})
-			continue
-		}
-		if !seen[m] {
-			seen[m] = true
-			if from, grown := d.from[m]; m.fresh {
-				ceiling := m.Ceiling
-				if !m.host.Capabilities.Grow {
-					ceiling = m.Size
-				}
-				p.Actions = append(p.Actions, Action{Kind: Boot, Machine: m.ID, Host: m.Host, To: m.Size,
-					Project: m.Project, Isolation: m.Isolation, Ceiling: ceiling})
-			} else if grown {
-				p.Actions = append(p.Actions, Action{Kind: Grow, Machine: m.ID, Host: m.Host, From: from, To: m.Size})
-			}
-		}
-		p.Actions = append(p.Actions, Action{Kind: Place, Container: x.c.ID, Machine: m.ID, Host: m.Host, Reason: x.reason()})
+// record puts a placement into actions: a machine is booted or grown once, to its
+// final size, before the first container that needs it.
+func (d *decision) record(f *finder, i int, m *machine) {
+	a, c := &f.found[i], f.c
+	reason := f.reason(i, m)
+	if m == nil {
+		d.actions = append(d.actions, Action{Kind: PlaceM, Container: c.ID, Host: a.host.ID, Seconds: a.seconds, Cost: a.cost, Reason: reason})
+		return
 	}
-	return p
+	d.sized(m, a)
+	d.actions = append(d.actions, Action{Kind: Place, Container: c.ID, Machine: m.ID, Host: m.Host, Seconds: a.seconds, Cost: a.cost, Reason: reason})
+}
+
+// sized notes that option a boots or grows m, in the action that is there or a new one.
+func (d *decision) sized(m *machine, a *candidate) {
+	if i, ok := d.at[m]; ok {
+		d.actions[i].To = m.Size
+		if d.actions[i].Kind == Boot && !m.host.Capabilities.Grow {
+			d.actions[i].Ceiling = m.Size
+		}
+		return
+	}
+	caps := m.host.Capabilities
+	x := Action{Machine: m.ID, Host: m.Host, To: m.Size}
+	switch from, grown := d.from[m]; {
+	case a.kind == Boot:
+		x.Kind, x.Project, x.Isolation, x.Ceiling, x.Seconds = Boot, m.Project, m.Isolation, m.Ceiling, caps.BootSeconds
+		if !caps.Grow {
+			x.Ceiling = m.Size
+		}
+	case grown && a.kind == Grow:
+		x.Kind, x.From, x.Seconds = Grow, from, caps.GrowSeconds
+	default:
+		return
+	}
+	if d.at == nil {
+		d.at = map[*machine]int{}
+	}
+	d.at[m] = len(d.actions)
+	d.actions = append(d.actions, x)
+}
+
+func (d *decision) plan() *Plan {
+	return &Plan{Revision: d.s.rev, Actions: d.actions, Unplaced: d.out}
 }

@@ -10,25 +10,51 @@ import (
 // maxOptions bounds how many weighed options a Reason keeps.
 const maxOptions = 6
 
-// notable sorts the options by cost and keeps the chosen one, the best of each
-// action, and the next best.
-func notable(all []*candidate, best *candidate) []*candidate {
-	sorted := slices.Clone(all)
-	slices.SortFunc(sorted, func(a, b *candidate) int {
-		if a.less(b) {
-			return -1
+// best is the number of the cheapest option.
+func (f *finder) best() int {
+	best := 0
+	for i := 1; i < len(f.found); i++ {
+		if f.found[i].less(&f.found[best]) {
+			best = i
 		}
-		return 1
-	})
-	if len(sorted) <= maxOptions {
-		return sorted
 	}
-	keep := slices.Clone(sorted[:maxOptions])
-	for _, kind := range []Kind{Boot, Grow, Place} {
-		has := func(a *candidate) bool { return a.kind == kind }
-		if i := slices.IndexFunc(sorted, has); i >= maxOptions {
-			keep = append(keep, sorted[i])
+	return best
+}
+
+// ranked is the numbers of the n cheapest options, cheapest first.
+func (f *finder) ranked(n int) []int {
+	out := make([]int, 0, n+1)
+	for i := range f.found {
+		at := len(out)
+		for at > 0 && f.found[i].less(&f.found[out[at-1]]) {
+			at--
 		}
+		if at < n {
+			out = slices.Insert(out, at, i)
+			out = out[:min(len(out), n)]
+		}
+	}
+	return out
+}
+
+// notable is the options to keep: the cheapest, the chosen one, and the best of
+// each action.
+func (f *finder) notable(chosen int) []int {
+	keep := f.ranked(maxOptions)
+	add := func(i int) {
+		if i >= 0 && !slices.Contains(keep, i) {
+			keep = append(keep, i)
+		}
+	}
+	add(chosen)
+	for _, kind := range [...]Kind{Boot, Grow, Place} {
+		best := -1
+		for i := range f.found {
+			if f.found[i].kind == kind && (best < 0 || f.found[i].less(&f.found[best])) {
+				best = i
+			}
+		}
+		add(best)
 	}
 	return keep
 }
@@ -36,7 +62,8 @@ func notable(all []*candidate, best *candidate) []*candidate {
 // list is the exclusions, the machine layer first, most frequent first.
 func (f *finder) list() []Exclusion {
 	var out []Exclusion
-	for _, e := range f.misses {
+	for i := range f.misses {
+		e := &f.misses[i]
 		out = append(out, Exclusion{Rule: e.rule, Layer: e.layer, Count: e.count, Detail: e.detail()})
 	}
 	slices.SortStableFunc(out, func(a, b Exclusion) int {

@@ -33,7 +33,13 @@ func ids[T interface{ id() string }](list []T) []string {
 func cells[T interface{ id() string }](b *buckets[T]) map[string]any {
 	out := map[string]any{"n": b.n, "keys": slices.Clone(b.keys)}
 	for k, c := range b.cells {
-		out[fmt.Sprint("cell", k)] = ids(c)
+		out[fmt.Sprint("cell", k)] = slices.Clone(b.keys)
+		delete(out, fmt.Sprint("cell", k))
+		if c.n > 0 {
+			list := []string{}
+			c.all(func(t T) bool { list = append(list, t.id()); return true })
+			out[fmt.Sprint("cell", k)] = list
+		}
 	}
 	if len(b.keys) == 0 {
 		out["keys"] = []uint32{}

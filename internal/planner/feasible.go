@@ -19,6 +19,11 @@ const (
 	RuleCeiling    = "ceiling"
 	RuleCapability = "capability"
 	RuleDown       = "down"
+	RuleZone       = "zone"
+	RuleNear       = "near"
+	RuleFailover   = "failover"
+	RuleQuota      = "quota"
+	RulePool       = "pool"
 )
 
 // miss is why a candidate was turned away; the zero value means that it was not.
@@ -38,6 +43,12 @@ func (s *State) hostRules(c *container, h *host) miss {
 	if h.Cordoned {
 		return miss{rule: RuleDown, detail: "is cordoned"}
 	}
+	if h.Off {
+		return miss{rule: RuleDown, detail: "is switched off"}
+	}
+	if len(c.Zones) > 0 && !slices.Contains(c.Zones, h.Zone) {
+		return miss{rule: RuleZone, detail: "is not in one of the zones asked for (" + strings.Join(c.Zones, ", ") + ")"}
+	}
 	if len(c.Hosts) > 0 && !slices.Contains(c.Hosts, h.ID) {
 		return miss{rule: RuleHost, detail: "is not one of the hosts asked for (" + strings.Join(c.Hosts, ", ") + ")"}
 	}
@@ -49,7 +60,13 @@ func (s *State) hostRules(c *container, h *host) miss {
 	if m := portRule(c, h); !m.ok() {
 		return m
 	}
-	return antiRule(c, &h.all, "host")
+	if m := antiRule(c, &h.all, "host"); !m.ok() {
+		return m
+	}
+	if m := s.zoneRule(c, h); !m.ok() {
+		return m
+	}
+	return s.nearRule(c, &h.all, h.Zone, "host")
 }
 
 // portRule: a port belongs to one service on a host.
@@ -146,6 +163,13 @@ func (s *State) machineRules(c *container, m *machine) miss {
 	if x := antiRule(c, &m.in, "machine"); !x.ok() {
 		return x
 	}
+	if x := s.nearRule(c, &m.in, "", "machine"); !x.ok() {
+		return x
+	}
+	if x := s.residentRule(c, m.host); !x.ok() {
+		x.detail = m.host.ID + " " + x.detail
+		return x
+	}
 	return machineCapacity(c.need, m)
 }
 
@@ -186,12 +210,18 @@ func (s *State) bootRules(c *container, h *host) miss {
 	if x := s.volumeRule(c, h, noMachine); !x.ok() {
 		return x
 	}
+	if x := s.nearRule(c, &noMachine.in, "", "machine"); !x.ok() {
+		return x
+	}
+	if x := s.residentRule(c, h); !x.ok() {
+		return x
+	}
 	size := bootSize(h, c.need)
 	if top := h.ceiling(); !size.fits(top) && size.add(h.MachineExtra).fits(h.Capacity) {
 		return miss{rule: RuleCeiling, short: size.shortOf(top), detail: "makes no machine as large as " + size.String()}
 	}
-	if whole := size.add(h.MachineExtra); !whole.fits(h.free()) {
-		return capacityMiss(whole.shortOf(h.free()))
+	if whole := size.add(h.MachineExtra); !whole.fits(h.avail()) {
+		return s.hostMiss(whole, h)
 	}
 	return miss{}
 }
@@ -213,8 +243,84 @@ func (s *State) metalRules(c *container, h *host) miss {
 	if x := antiRule(c, &h.metal, "machine"); !x.ok() {
 		return x
 	}
-	if !c.need.fits(h.free()) {
-		return capacityMiss(c.need.shortOf(h.free()))
+	if x := s.nearRule(c, &h.metal, "", "machine"); !x.ok() {
+		return x
+	}
+	if x := s.residentRule(c, h); !x.ok() {
+		return x
+	}
+	if !c.need.fits(h.avail()) {
+		return s.hostMiss(c.need, h)
 	}
 	return miss{}
+}
+
+// hostMiss says what h lacks for need: the room, or only the part that it keeps back.
+func (s *State) hostMiss(need Size, h *host) miss {
+	if need.fits(h.free()) {
+		short := need.shortOf(h.avail())
+		return miss{rule: RuleFailover, short: short, detail: "keeps " + h.reserve.String() + " back for the loss of a host"}
+	}
+	return capacityMiss(need.shortOf(h.free()))
+}
+
+// zoneRule checks rules on company in a zone, of c and of those there.
+func (s *State) zoneRule(c *container, h *host) miss {
+	for _, r := range c.Anti {
+		if r.Layer != "zone" {
+			continue
+		}
+		if n := s.inZone(serviceKey{c.Project, r.Service}, h.Zone); n > r.Max {
+			return miss{rule: RuleAnti, detail: fmt.Sprintf("is in zone %q, which runs %d of %s; at most %d may be beside it", h.Zone, n, r.Service, r.Max)}
+		}
+	}
+	if c.Service == "" {
+		return miss{}
+	}
+	for _, o := range s.zoneAnti[c.Project] {
+		if o.host == nil || o.host.Zone != h.Zone || o == c {
+			continue
+		}
+		for _, r := range o.Anti {
+			if r.Layer != "zone" || r.Service != c.Service {
+				continue
+			}
+			n := s.inZone(c.service(), h.Zone) + 1
+			if o.Service == c.Service {
+				n--
+			}
+			if n > r.Max {
+				return miss{rule: RuleAnti, detail: fmt.Sprintf("is in the zone of %s, which allows at most %d of %s beside it", o.ID, r.Max, c.Service)}
+			}
+		}
+	}
+	return miss{}
+}
+
+// nearRule checks that company which must be near is, once any of it runs.
+func (s *State) nearRule(c *container, b *box, zone, layer string) miss {
+	for _, r := range c.Near {
+		k := serviceKey{c.Project, r.Service}
+		if len(s.services[k]) == 0 {
+			continue
+		}
+		there := false
+		switch {
+		case r.Layer == layer:
+			there = b.count(k) > 0
+		case r.Layer == "zone" && layer == "host":
+			there = s.inZone(k, zone) > 0
+		default:
+			continue
+		}
+		if !there {
+			return miss{rule: RuleNear, detail: "has no " + r.Service + ", which must be near"}
+		}
+	}
+	return miss{}
+}
+
+// inZone counts a service's containers in a zone.
+func (s *State) inZone(k serviceKey, zone string) int {
+	return s.zones[zoneKey{k, zone}]
 }

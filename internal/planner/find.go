@@ -10,11 +10,18 @@ import (
 type finder struct {
 	d      *decision
 	c      *container
-	found  []*candidate
+	found  []candidate
 	misses []missed
 	// only, when not nil, are the hosts that pins and volumes leave.
 	only      []*host
 	onlyKnown bool
+}
+
+// scratch is memory that decisions use again.
+type scratch struct {
+	found  []candidate
+	misses []missed
+	order  []int32
 }
 
 type missed struct {
@@ -25,11 +32,12 @@ type missed struct {
 	shortness   float64
 }
 
-func (f *finder) add(kind Kind, h *host, m *machine) *candidate {
-	a := &candidate{kind: kind, host: h, machine: m}
-	f.d.weigh(f.c, a)
-	f.found = append(f.found, a)
-	return a
+func (f *finder) add(kind Kind, h *host, m *machine) {
+	if h == f.d.not {
+		return
+	}
+	f.found = append(f.found, candidate{kind: kind, host: h, machine: m})
+	f.d.weigh(f.c, &f.found[len(f.found)-1])
 }
 
 // turnedAway counts n candidates excluded by x, of which who is one.
@@ -60,6 +68,10 @@ func (f *finder) pins() ([]*host, bool) {
 	}
 	f.onlyKnown = true
 	s, c := f.d.s, f.c
+	if f.d.only != nil {
+		f.only = []*host{f.d.only}
+		return f.only, true
+	}
 	var ids []string
 	restricted := false
 	for _, v := range c.Volumes {
@@ -102,6 +114,20 @@ func (f *finder) pinRule() miss {
 	return miss{rule: RuleHost, detail: "pinned to other hosts"}
 }
 
+// search bounds a look-up: enough good candidates, or too long a search with some.
+type search struct{ fresh, looked, found int }
+
+func (x *search) hit(h *host, c *container) {
+	x.found++
+	if c.Service == "" || h.all.count(c.service()) == 0 {
+		x.fresh++
+	}
+}
+
+func (x *search) on() bool {
+	return x.fresh < maxWeighed && (x.looked < maxExamined || x.found == 0)
+}
+
 // machines finds free slots and machines that can grow.
 func (f *finder) machines() {
 	s, c := f.d.s, f.c
@@ -128,44 +154,50 @@ func (f *finder) machines() {
 	}
 	f.turnedAway("machine", "", miss{rule: RuleDown, detail: "stopping, or on a host that takes nothing new"}, g.closed)
 	// Free slots first; those that do not work out are counted below.
-	fresh, looked := 0, 0
+	var x search
 	g.free.fitting(c.need, func(m *machine) bool {
-		looked++
+		x.looked++
 		if c.need.fits(m.free()) && s.machineRules(c, m).ok() {
 			f.add(Place, m.host, m)
-			if m.host.all.count(c.service()) == 0 {
-				fresh++
-			}
+			x.hit(m.host, c)
 		}
-		return fresh < maxWeighed && (looked < maxExamined || len(f.found) == 0)
+		return x.on()
 	})
-	fresh, looked = 0, 0
+	x = search{}
 	g.room.fitting(c.need, func(m *machine) bool {
-		looked++
-		x := s.machineRules(c, m)
-		switch {
-		case !x.ok():
-			f.turnedAway("machine", m.ID, x, 1)
-		case !c.need.fits(m.free()):
+		x.looked++
+		if v := s.machineRules(c, m); !v.ok() {
+			f.turnedAway("machine", m.ID, v, 1)
+		} else if !c.need.fits(m.free()) {
 			f.add(Grow, m.host, m)
-			if m.host.all.count(c.service()) == 0 {
-				fresh++
-			}
+			x.hit(m.host, c)
 		}
-		return fresh < maxWeighed && (looked < maxExamined || len(f.found) == 0)
+		return x.on()
 	})
-	looked = 0
-	g.room.lacking(c.need, func(cell []*machine) {
-		for i, m := range cell {
-			if looked++; looked > maxExplained {
+	f.lackingMachines(g)
+}
+
+// lackingMachines looks at some that surely have no room, for the reasons.
+func (f *finder) lackingMachines(g *group) {
+	s, c, looked := f.d.s, f.c, 0
+	limit := maxExplained
+	if len(f.found) > 0 {
+		limit = maxNearMisses
+	}
+	g.room.lacking(c.need, func(cell *ordered[*machine]) {
+		i := 0
+		cell.all(func(m *machine) bool {
+			if looked++; looked > limit {
 				// The nearest were looked at; the rest lacks at least as much.
-				f.turnedAway("machine", "", capacityMiss(c.need.shortOf(m.room())), len(cell)-i)
-				return
+				f.turnedAway("machine", "", capacityMiss(c.need.shortOf(m.room())), cell.n-i)
+				return false
 			}
+			i++
 			if x := s.machineRules(c, m); !x.ok() {
 				f.turnedAway("machine", m.ID, x, 1)
 			}
-		}
+			return true
+		})
 	})
 }
 
@@ -187,6 +219,10 @@ func (f *finder) hosts(kind Kind) {
 	if kind == PlaceM {
 		rules = s.metalRules
 	}
+	if x := s.machineQuota(c, kind); !x.ok() {
+		f.turnedAway("host", "", x, len(s.hosts))
+		return
+	}
 	if only, ok := f.pins(); ok {
 		for _, h := range only {
 			if x := rules(c, h); !x.ok() {
@@ -198,34 +234,37 @@ func (f *finder) hosts(kind Kind) {
 		f.turnedAway("host", "", f.pinRule(), len(s.hosts)-len(only))
 		return
 	}
-	if closed := len(s.hosts) - s.open.n; closed > 0 {
+	if closed := len(s.hosts) - s.open.n - len(s.off); closed > 0 {
 		f.closed(closed)
 	}
-	fresh, looked, found := 0, 0, 0
+	var y search
 	s.open.fitting(c.need, func(h *host) bool {
-		looked++
+		y.looked++
 		if x := rules(c, h); !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
 		} else {
 			f.add(kind, h, nil)
-			found++
-			if h.all.count(c.service()) == 0 {
-				fresh++
-			}
+			y.hit(h, c)
 		}
-		return fresh < maxWeighed && (looked < maxExamined || found == 0)
+		return y.on()
 	})
-	looked = 0
-	s.open.lacking(c.need, func(cell []*host) {
-		for i, h := range cell {
-			if looked++; looked > maxExplained {
-				f.turnedAway("host", "", capacityMiss(c.need.shortOf(h.free())), len(cell)-i)
-				return
+	looked, limit := 0, maxExplained
+	if len(f.found) > 0 {
+		limit = maxNearMisses
+	}
+	s.open.lacking(c.need, func(cell *ordered[*host]) {
+		i := 0
+		cell.all(func(h *host) bool {
+			if looked++; looked > limit {
+				f.turnedAway("host", "", capacityMiss(c.need.shortOf(h.avail())), cell.n-i)
+				return false
 			}
+			i++
 			if x := rules(c, h); !x.ok() {
 				f.turnedAway("host", h.ID, x, 1)
 			}
-		}
+			return true
+		})
 	})
 }
 
@@ -234,11 +273,44 @@ func (f *finder) closed(n int) {
 	who, what := "", miss{rule: RuleDown}
 	if len(f.d.s.hosts) <= maxExplained {
 		for _, id := range slices.Sorted(maps.Keys(f.d.s.hosts)) {
-			if h := f.d.s.hosts[id]; !h.takes() {
+			if h := f.d.s.hosts[id]; !h.takes() && !h.Off {
 				who, what = id, f.d.s.hostRules(f.c, h)
 				break
 			}
 		}
 	}
 	f.turnedAway("host", who, what, n)
+}
+
+// reserved adds options on hosts that have room only if others keep back for a
+// loss what they keep back now.
+func (f *finder) reserved() {
+	s, c := f.d.s, f.c
+	looked := 0
+	k := groupOf(c.Isolation, c.Project)
+	for _, h := range s.standing {
+		if !h.takes() || h.avail().fits(Size{}) && !c.need.fits(h.free()) || !c.need.fits(h.free()) {
+			continue
+		}
+		if looked++; looked > maxStanding {
+			return
+		}
+		kept := h.reserve
+		h.reserve = Size{} // as if nothing were kept back
+		if c.Isolation == Metal {
+			if s.metalRules(c, h).ok() {
+				f.add(PlaceM, h, nil)
+			}
+		} else {
+			for _, m := range h.machines {
+				if groupOf(m.Isolation, m.Project) == k && s.machineRules(c, m).ok() && !c.need.fits(m.free()) {
+					f.add(Grow, h, m)
+				}
+			}
+			if s.machineQuota(c, Boot).ok() && s.bootRules(c, h).ok() {
+				f.add(Boot, h, nil)
+			}
+		}
+		h.reserve = kept
+	}
 }

@@ -10,7 +10,7 @@ import (
 // fit, tightest first, and never sees the others; an update touches two cells.
 type buckets[T interface{ id() string }] struct {
 	keys  []uint32 // of the cells in use, ascending
-	cells map[uint32][]T
+	cells map[uint32]*ordered[T]
 	n     int
 }
 
@@ -18,25 +18,28 @@ func key(free Size) uint32 { return class(free.CPU)<<16 | class(free.Memory) }
 
 func (b *buckets[T]) add(k uint32, t T) {
 	if b.cells == nil {
-		b.cells = map[uint32][]T{}
+		b.cells = map[uint32]*ordered[T]{}
 	}
 	cell := b.cells[k]
-	if len(cell) == 0 {
+	if cell == nil {
+		cell = &ordered[T]{}
+		b.cells[k] = cell
+	}
+	if cell.n == 0 {
 		i, _ := slices.BinarySearch(b.keys, k)
 		b.keys = slices.Insert(b.keys, i, k)
 	}
-	b.cells[k] = insertByID(cell, t)
+	cell.insert(t)
 	b.n++
 }
 
 func (b *buckets[T]) remove(k uint32, t T) {
-	cell := removeByID(b.cells[k], t)
+	cell := b.cells[k]
+	cell.remove(t)
 	b.n--
-	if len(cell) > 0 {
-		b.cells[k] = cell
-		return
+	if cell.n > 0 {
+		return // an empty cell stays for the next that comes: no garbage
 	}
-	delete(b.cells, k)
 	if i, ok := slices.BinarySearch(b.keys, k); ok {
 		b.keys = slices.Delete(b.keys, i, i+1)
 	}
@@ -48,26 +51,99 @@ func (b *buckets[T]) fitting(need Size, yield func(T) bool) {
 	cpu, mem := class(need.CPU), class(need.Memory)
 	i, _ := slices.BinarySearch(b.keys, cpu<<16)
 	for _, k := range b.keys[i:] {
-		if k&0xffff < mem {
-			continue
+		if k&0xffff >= mem && !b.cells[k].all(yield) {
+			return
 		}
-		for _, t := range b.cells[k] {
-			if !yield(t) {
-				return
-			}
+	}
+}
+
+// roomiest calls yield with what may have room for need, the largest cells first.
+func (b *buckets[T]) roomiest(need Size, yield func(T) bool) {
+	cpu, mem := class(need.CPU), class(need.Memory)
+	for i := len(b.keys) - 1; i >= 0 && b.keys[i]>>16 >= cpu; i-- {
+		if k := b.keys[i]; k&0xffff >= mem && !b.cells[k].all(yield) {
+			return
 		}
 	}
 }
 
 // lacking calls yield with the cells that surely have no room for need, the
 // nearest misses first.
-func (b *buckets[T]) lacking(need Size, yield func([]T)) {
+func (b *buckets[T]) lacking(need Size, yield func(*ordered[T])) {
 	cpu, mem := class(need.CPU), class(need.Memory)
 	for i := len(b.keys) - 1; i >= 0; i-- {
 		if k := b.keys[i]; k>>16 < cpu || k&0xffff < mem {
 			yield(b.cells[k])
 		}
 	}
+}
+
+// ordered is a set in the order of ids, kept in short runs so that a change moves
+// little whatever its size.
+type ordered[T interface{ id() string }] struct {
+	runs [][]T
+	n    int
+}
+
+const maxRun = 128
+
+// run is where id belongs.
+func (o *ordered[T]) run(id string) int {
+	lo, hi := 0, len(o.runs)-1
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if r := o.runs[mid]; r[len(r)-1].id() < id {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
+
+func (o *ordered[T]) insert(t T) {
+	o.n++
+	if len(o.runs) == 0 {
+		o.runs = append(o.runs, append(make([]T, 0, 4), t))
+		return
+	}
+	i := o.run(t.id())
+	r := insertByID(o.runs[i], t)
+	o.runs[i] = r
+	if len(r) > maxRun {
+		right := append(make([]T, 0, maxRun), r[maxRun/2:]...)
+		clear(r[maxRun/2:])
+		o.runs[i] = r[:maxRun/2]
+		o.runs = slices.Insert(o.runs, i+1, right)
+	}
+}
+
+func (o *ordered[T]) remove(t T) {
+	if len(o.runs) == 0 {
+		return
+	}
+	i := o.run(t.id())
+	before := len(o.runs[i])
+	r := removeByID(o.runs[i], t)
+	o.n -= before - len(r)
+	o.runs[i] = r
+	if len(r) == 0 && len(o.runs) > 1 {
+		o.runs = slices.Delete(o.runs, i, i+1)
+	} else if len(r) == 0 {
+		o.runs = nil
+	}
+}
+
+// all calls yield with each in order until it says stop, and says whether it did not.
+func (o *ordered[T]) all(yield func(T) bool) bool {
+	for _, r := range o.runs {
+		for _, t := range r {
+			if !yield(t) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 func compareID[T interface{ id() string }](t T, id string) int {

@@ -27,6 +27,7 @@ type Question struct {
 type Trim struct {
 	Idle   []string // empty machines that may stop now
 	Shrink bool     // shrink machines to what they hold (down to base)
+	Only   []string // look only at these machines for shrinking; nil: at all
 }
 
 // Budget bounds the disruption of a plan. Zero means none of that kind, a
@@ -42,6 +43,10 @@ type Consolidate struct {
 	Budget Budget
 	// Hosts bounds how many hosts may be emptied in one plan; 0: any number.
 	Hosts int
+	// Leave is the part of what is switched on, 0 to 1, that may be unused without
+	// anything being moved for it: a load that comes back soon is not worth moves.
+	// Hosts that run nothing are switched off whatever it says.
+	Leave float64
 	// PowerOff lets the plan switch off hosts that run nothing and that the
 	// guarantee does without.
 	PowerOff bool

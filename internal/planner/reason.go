@@ -5,22 +5,42 @@ import (
 	"strings"
 )
 
+// placed is a container with the option that won, and those that did not.
+type placed struct {
+	c       *container
+	chosen  *candidate
+	machine *machine
+	weighed []*candidate
+	near    string // "m-5 was 1.2 CPU short"
+}
+
 // reason keeps what was weighed for a placement. Machines are named as they are
 // in the plan; see Plan.Rename.
-func (p *placed) reason() Reason {
-	r := Reason{Summary: p.summary(), Exclusions: p.misses}
-	for _, a := range p.weighed {
-		o := Option{Action: string(a.kind), Host: a.host.ID, Cost: a.cost, Seconds: a.seconds, Pinned: a.pinned, Chosen: a == p.chosen}
+func (f *finder) reason(chosen int, m *machine) Reason {
+	p := placed{c: f.c, chosen: &f.found[chosen], machine: m, near: f.nearest()}
+	keep := f.notable(chosen)
+	p.weighed = make([]*candidate, len(keep))
+	r := Reason{Exclusions: f.list(), Options: make([]Option, len(keep))}
+	terms := make([]Term, 0, len(keep)*nTerms)
+	for j, i := range keep {
+		a := &f.found[i]
+		p.weighed[j] = a
+		o := Option{Action: string(a.kind), Host: a.host.ID, Cost: a.cost, Seconds: a.seconds, Pinned: a.pinned, Chosen: i == chosen}
 		if a.machine != nil {
 			o.Machine = a.machine.ID
 		}
-		for i, v := range a.terms {
+		start := len(terms)
+		for t, v := range a.terms {
 			if v != 0 {
-				o.Terms = append(o.Terms, Term{Name: termNames[i], Value: v})
+				terms = append(terms, Term{Name: termNames[t], Value: v})
 			}
 		}
-		r.Options = append(r.Options, o)
+		if len(terms) > start {
+			o.Terms = terms[start:len(terms):len(terms)]
+		}
+		r.Options[j] = o
 	}
+	r.Summary = p.summary()
 	return r
 }
 
@@ -44,8 +64,8 @@ func (p *placed) summary() string {
 		}
 	case Boot:
 		over := a.to.sub(p.c.need).Memory + a.host.MachineExtra.Memory
-		parts = append(parts, fmt.Sprintf("booted a machine of %s on %s: %s and %s beside what it asks for",
-			p.machine.Size, a.host.ID, secondsText(a.seconds), memoryText(max(0, over))))
+		parts = append(parts, fmt.Sprintf("booted a machine on %s: %s and %s beside what it asks for",
+			a.host.ID, secondsText(a.seconds), memoryText(max(0, over))))
 	case PlaceM:
 		parts = append(parts, fmt.Sprintf("runs on %s itself: no machine, no overhead", a.host.ID))
 	}

@@ -1,6 +1,7 @@
 package planner
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -17,19 +18,40 @@ type State struct {
 	users      map[string][]*container      // volume -> placed containers that mount it
 	services   map[serviceKey]map[*host]int // where replicas are
 	groups     map[groupKey]*group
-	open       buckets[*host] // hosts that take something new, by free capacity
-	perKind    [4]int         // machines by isolation
+	open       buckets[*host]      // hosts that take something new, by free capacity
+	perKind    [4]int              // machines by isolation
+	off        []*host             // switched off, by id
+	standing   []*host             // with claims on them, by id
+	exposed    map[*container]bool // covered, and without all their standby hosts
+	policy     Policy
+	pools      map[string]*pool
+	quotas     map[string]*quota
+	zones      map[zoneKey]int         // a service's containers in a zone
+	zoneAnti   map[string][]*container // placed, with rules about zones, by project and id
+	total      Size                    // capacity of the hosts that take something new
+	taken      Size                    // of it, what is used
+	busy       Size                    // of it, what containers and overheads use
+	scratch    scratch
 }
 
 type host struct {
 	Host
 	machinesSize Size       // sum of machines' sizes
+	busy         Size       // containers' requests and all overheads
 	metalSize    Size       // sum of metal containers' requests
 	machines     []*machine // by id
 	all, metal   box
 	ports        map[portKey][]*container
 	key          uint32
 	indexed      bool
+	counted      Size         // its share of State.total
+	spent        Size         // its share of State.taken
+	worked       Size         // its share of State.busy
+	claims       []claim      // what would come here from where
+	grants       []grant      // where its own would go, by id
+	batch        int          // batch containers
+	reserve      Size         // kept back for claims
+	shadows      []*container // standing by here with rules of their own, by id
 }
 
 type machine struct {
@@ -38,6 +60,8 @@ type machine struct {
 	group            *group
 	sum              Size // of its containers' requests
 	in               box
+	parts            []part
+	overhead         Size // its part of the host's busy
 	fresh            bool // booted by the plan being made
 	freeKey, roomKey uint32
 	indexed          bool
@@ -48,6 +72,7 @@ type container struct {
 	need    Size
 	host    *host
 	machine *machine
+	standby [2]*host
 }
 
 func (h *host) id() string               { return h.ID }
@@ -55,11 +80,18 @@ func (m *machine) id() string            { return m.ID }
 func (c *container) id() string          { return c.ID }
 func (c *container) service() serviceKey { return serviceKey{c.Project, c.Service} }
 
-func (h *host) takes() bool { return !h.Down && !h.Cordoned }
+func (h *host) takes() bool { return !h.Down && !h.Cordoned && !h.Off }
 func (h *host) used() Size {
 	return h.machinesSize.add(h.MachineExtra.times(int64(len(h.machines)))).add(h.metalSize)
 }
-func (h *host) free() Size { return h.Capacity.sub(h.used()) }
+
+// idle is what neither a container nor an overhead uses, free slots in machines
+// counted in.
+func (h *host) idle() Size { return h.Capacity.sub(h.busy) }
+
+// free is what nothing runs in; avail is what of it is not kept back either.
+func (h *host) free() Size  { return h.Capacity.sub(h.used()) }
+func (h *host) avail() Size { return h.free().sub(h.reserve) }
 
 // ceiling is the most a machine booted here may become.
 func (h *host) ceiling() Size {
@@ -90,7 +122,7 @@ func (m *machine) growable() Size {
 func (m *machine) room() Size {
 	top := m.growable()
 	if top != m.Size {
-		top = m.host.stepDown(m.Size, top.min(m.Size.add(m.host.free().positive())))
+		top = m.host.stepDown(m.Size, top.min(m.Size.add(m.host.avail().positive())))
 	}
 	return top.sub(m.used())
 }
@@ -105,6 +137,11 @@ func New() *State {
 		users:      map[string][]*container{},
 		services:   map[serviceKey]map[*host]int{},
 		groups:     map[groupKey]*group{},
+		exposed:    map[*container]bool{},
+		zones:      map[zoneKey]int{},
+		zoneAnti:   map[string][]*container{},
+		pools:      map[string]*pool{},
+		quotas:     map[string]*quota{},
 	}
 }
 
@@ -133,11 +170,19 @@ func (s *State) SetHost(h Host) error {
 		n := &host{Host: h, ports: map[portKey][]*container{}}
 		s.hosts[h.ID] = n
 		s.indexHost(n)
+		s.mend()
 		return nil
 	}
 	s.unindexHost(old)
+	for k := range old.all.services {
+		s.rezone(k, old, h.Zone)
+	}
 	old.Host = h
 	s.indexHost(old)
+	if !old.takes() || !old.reserve.fits(old.free()) {
+		s.dismiss(old, nil)
+	}
+	s.mend()
 	return nil
 }
 
@@ -157,7 +202,10 @@ func (s *State) RemoveHost(id string) {
 		s.unplace(c)
 	}
 	s.unindexHost(h)
+	h.Off = true // takes nothing any more
+	s.dismiss(h, nil)
 	delete(s.hosts, id)
+	s.mend()
 }
 
 // SetMachine inserts or replaces a machine; its containers stay, also when it went
@@ -187,6 +235,10 @@ func (s *State) SetMachine(m Machine) error {
 		old.Machine = m
 		s.indexMachine(old)
 		s.reindexHost(h)
+		if !h.reserve.fits(h.free()) {
+			s.dismiss(h, nil)
+		}
+		s.mend()
 		return nil
 	}
 	inside := slices.Clone(old.in.members)
@@ -195,7 +247,12 @@ func (s *State) SetMachine(m Machine) error {
 	s.addMachine(n)
 	for _, c := range inside {
 		s.place(c, h, n)
+		s.secure(c, nil)
 	}
+	if !h.reserve.fits(h.free()) {
+		s.dismiss(h, nil)
+	}
+	s.mend()
 	return nil
 }
 
@@ -204,6 +261,7 @@ func (s *State) RemoveMachine(id string) {
 	if m := s.machines[id]; m != nil {
 		s.rev++
 		s.dropMachine(m)
+		s.mend()
 	}
 }
 
@@ -216,14 +274,21 @@ func (s *State) SetContainer(c Container) error {
 		return errors.New("container without an id")
 	case !c.Request.valid():
 		return fmt.Errorf("container %s: request is out of range", c.ID)
+	case c.Pool != "" && !validPath(c.Pool):
+		return fmt.Errorf("container %s: pool %q: a path looks like /a/b", c.ID, c.Pool)
 	case c.Isolation > Metal:
 		return fmt.Errorf("container %s: isolation %d is not known", c.ID, c.Isolation)
 	case c.Spread != "" && c.Spread != "host" && c.Spread != "machine" && c.Spread != "zone":
 		return fmt.Errorf("container %s: spread %q is not one of host, machine, zone", c.ID, c.Spread)
 	}
 	for _, r := range c.Anti {
-		if r.Layer != "machine" && r.Layer != "host" || r.Max < 0 {
+		if !layer(r.Layer) || r.Max < 0 {
 			return fmt.Errorf("container %s: rule against %s: layer %q with at most %d is not valid", c.ID, r.Service, r.Layer, r.Max)
+		}
+	}
+	for _, r := range c.Near {
+		if !layer(r.Layer) || r.Service == "" {
+			return fmt.Errorf("container %s: rule to be near %q: layer %q is not valid", c.ID, r.Service, r.Layer)
 		}
 	}
 	var h *host
@@ -243,8 +308,11 @@ func (s *State) SetContainer(c Container) error {
 	}
 	c.Ports, c.Volumes = slices.Clone(c.Ports), slices.Clone(c.Volumes)
 	c.Hosts, c.Anti = slices.Clone(c.Hosts), slices.Clone(c.Anti)
+	c.Zones, c.Near = slices.Clone(c.Zones), slices.Clone(c.Near)
 	s.rev++
+	var stood [2]*host
 	if old := s.containers[c.ID]; old != nil {
+		stood = old.standby
 		s.unplace(old)
 	}
 	n := &container{Container: c, need: c.effective()}
@@ -252,6 +320,12 @@ func (s *State) SetContainer(c Container) error {
 	s.containers[c.ID] = n
 	if h != nil {
 		s.place(n, h, m)
+		for slot, g := range stood { // as before, where that still holds
+			if slot < s.policy.HostLosses && g != nil && s.covered(n) && s.canStand(n, g) {
+				s.stand(n, slot, g)
+			}
+		}
+		s.secure(n, nil)
 	}
 	return nil
 }
@@ -262,6 +336,7 @@ func (s *State) RemoveContainer(id string) {
 		s.rev++
 		s.unplace(c)
 		delete(s.containers, id)
+		s.mend()
 	}
 }
 
@@ -296,6 +371,50 @@ func (s *State) Clone() *State {
 		}
 	}
 	maps.Copy(n.volumes, s.volumes)
+	n.policy = s.policy
+	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
+		c, k := s.containers[id], n.containers[id]
+		for slot, g := range c.standby {
+			if g != nil {
+				n.stand(k, slot, n.hosts[g.ID])
+			}
+		}
+		if s.exposed[c] {
+			n.exposed[k] = true
+		}
+	}
+	for _, p := range slices.Sorted(maps.Keys(s.pools)) {
+		n.setPool(s.pools[p].Pool)
+	}
+	for k, q := range s.quotas {
+		n.quota(k).Quota = q.Quota
+	}
 	n.rev = s.rev
 	return n
+}
+
+// rezone follows a host to another zone with what it has of a service.
+func (s *State) rezone(k serviceKey, h *host, zone string) {
+	n := h.all.count(k)
+	if from := (zoneKey{k, h.Zone}); s.zones[from] > n {
+		s.zones[from] -= n
+	} else {
+		delete(s.zones, from)
+	}
+	s.zones[zoneKey{k, zone}] += n
+}
+
+func layer(v string) bool { return v == "machine" || v == "host" || v == "zone" }
+
+func errLosses(n int) error {
+	return fmt.Errorf("policy: %d host losses at once; the guarantee is made for 0, 1 or 2", n)
+}
+
+func (s *State) sortedContainers() []*container {
+	list := make([]*container, 0, len(s.containers))
+	for _, c := range s.containers {
+		list = append(list, c)
+	}
+	slices.SortFunc(list, func(a, b *container) int { return cmp.Compare(a.ID, b.ID) })
+	return list
 }

@@ -23,9 +23,13 @@ func (s *State) trim(t *Trim) (*Plan, error) {
 	if !t.Shrink {
 		return p, nil
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.machines)) {
+	ids := slices.Compact(slices.Sorted(slices.Values(t.Only)))
+	if t.Only == nil {
+		ids = slices.Sorted(maps.Keys(s.machines))
+	}
+	for _, id := range ids {
 		m := s.machines[id]
-		if stopped[m] || m.Stopping || m.host.Down || !m.host.Capabilities.Shrink {
+		if m == nil || stopped[m] || m.Stopping || m.host.Down || !m.host.Capabilities.Shrink {
 			continue
 		}
 		to := m.shrunk()

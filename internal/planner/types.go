@@ -211,4 +211,7 @@ type Plan struct {
 	Revision uint64 // of the state it was computed from
 	Actions  []Action
 	Unplaced []Unplaced
+	// Relaxed says that the guarantee is not kept by every step: after a loss
+	// what was lost comes first.
+	Relaxed bool
 }

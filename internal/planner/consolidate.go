@@ -1,0 +1,135 @@
+package planner
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// maxTried bounds how many hosts a Consolidate question tries to empty in vain.
+const maxTried = 8
+
+// consolidate empties the hosts that are cheapest to empty, as long as much is
+// unused, and switches off those that run nothing and that the guarantee does
+// without.
+func (s *State) consolidate(q Consolidate) (*Plan, error) {
+	if !(q.Leave >= 0 && q.Leave <= 1) || q.Hosts < 0 || q.KeepOn < 0 {
+		return nil, fmt.Errorf("consolidate: leave %g must be between 0 and 1, hosts %d and keep-on %d not negative", q.Leave, q.Hosts, q.KeepOn)
+	}
+	d := s.decision()
+	d.noPower = true
+	defer d.back()
+	b := &budget{Budget: q.Budget}
+	d.dropEmpty(&q)
+	tried, emptied := 0, 0
+	for _, h := range d.cheapest(b) {
+		if tried >= maxTried || q.Hosts > 0 && emptied >= q.Hosts {
+			break
+		}
+		if !d.worthIt(h, &q) {
+			continue
+		}
+		k, spent := d.mark(), b.spent
+		if d.clear(h, b, "to empty "+h.ID) && s.dismiss(h, &d.undo) {
+			emptied++
+			if q.PowerOff {
+				d.powerOff(h)
+			}
+			continue
+		}
+		tried++
+		d.reset(k)
+		b.spent = spent
+	}
+	p := d.plan()
+	p.Unplaced = nil
+	return p, nil
+}
+
+// dropEmpty switches off hosts that run nothing, the largest id first, so that the
+// low numbers stay.
+func (d *decision) dropEmpty(q *Consolidate) {
+	if !q.PowerOff {
+		return
+	}
+	s := d.s
+	var empty []*host
+	for _, id := range slices.Sorted(maps.Keys(s.hosts)) {
+		if h := s.hosts[id]; h.takes() && len(h.all.members) == 0 && h.idleMachines() {
+			empty = append(empty, h)
+		}
+	}
+	slices.Reverse(empty)
+	for i, h := range empty {
+		if len(empty)-i <= q.KeepOn {
+			return
+		}
+		k := d.mark()
+		for _, m := range h.machines {
+			if !m.Stopping {
+				d.stop(m, "to empty "+h.ID)
+			}
+		}
+		d.power1(h, true)
+		if s.dismiss(h, &d.undo) {
+			d.actions = append(d.actions, Action{Kind: PowerOff, Host: h.ID,
+				Reason: Reason{Summary: h.ID + " runs nothing, and the guarantee does without it"}})
+			continue
+		}
+		d.reset(k)
+	}
+}
+
+// idleMachines says whether nothing in or about h's machines keeps it on.
+func (h *host) idleMachines() bool {
+	for _, m := range h.machines {
+		if m.Pinned || len(m.in.members) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func (d *decision) powerOff(h *host) {
+	d.power1(h, true)
+	d.actions = append(d.actions, Action{Kind: PowerOff, Host: h.ID,
+		Reason: Reason{Summary: h.ID + " was emptied; the guarantee does without it"}})
+}
+
+// worthIt says whether enough is unused to do without h and leave what the
+// question leaves.
+func (d *decision) worthIt(h *host, q *Consolidate) bool {
+	s := d.s
+	busy := s.busy.sub(h.busy) // what stays where it is
+	total := s.total.sub(h.Capacity)
+	leave := func(v int64) int64 { return int64(q.Leave * float64(v)) }
+	room := total.sub(busy).sub(h.busy)
+	return room.CPU >= leave(s.total.CPU) && room.Memory >= leave(s.total.Memory)
+}
+
+// cheapest is the hosts within the budget by what emptying them disturbs.
+func (d *decision) cheapest(b *budget) []*host {
+	type entry struct {
+		h *host
+		n int
+	}
+	var list []entry
+	for id := range d.s.hosts {
+		h := d.s.hosts[id]
+		if !h.takes() || len(h.all.members) == 0 {
+			continue
+		}
+		if n := len(h.all.members); b.allows(n, 0, 0) {
+			list = append(list, entry{h, n})
+		}
+	}
+	slices.SortFunc(list, func(x, y entry) int {
+		return cmp.Or(cmp.Compare(x.n, y.n), cmp.Compare(x.h.busy.Memory, y.h.busy.Memory), cmp.Compare(x.h.ID, y.h.ID))
+	})
+	out := make([]*host, 0, min(len(list), 256))
+	for _, e := range list[:min(len(list), 256)] {
+		out = append(out, e.h)
+	}
+	return out
+}

@@ -1,0 +1,335 @@
+package planner
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
+
+// remove takes a placed container away in the tentative state, its standby hosts
+// too.
+func (d *decision) remove(c *container) {
+	h, m, standby, exposed := c.host, c.machine, c.standby, d.s.exposed[c]
+	d.s.unplace(c)
+	d.undo = append(d.undo, func() {
+		d.s.place(c, h, m)
+		for slot, g := range standby {
+			if g != nil {
+				d.s.stand(c, slot, g)
+			}
+		}
+		if exposed {
+			d.s.exposed[c] = true
+		}
+	})
+}
+
+// migrate takes a machine with all that is in it to another host in the tentative
+// state, in that size; it says whether there is room and the guarantee holds, and
+// leaves the rest to the caller's rollback.
+func (d *decision) migrate(m *machine, h *host, to Size) bool {
+	s := d.s
+	inside := slices.Clone(m.in.members)
+	type was struct {
+		standby [2]*host
+		exposed bool
+	}
+	before := make([]was, len(inside))
+	for i, c := range inside {
+		before[i] = was{c.standby, s.exposed[c]}
+		s.release(c)
+	}
+	old, size, ceiling := m.host, m.Size, m.Ceiling
+	s.rehost(m, inside, h, to, ceiling.min(h.ceiling()).max(to))
+	d.undo = append(d.undo, func() {
+		for _, c := range inside {
+			s.release(c)
+		}
+		s.rehost(m, inside, old, size, ceiling)
+		for i, c := range inside {
+			for slot, g := range before[i].standby {
+				if g != nil {
+					s.stand(c, slot, g)
+				}
+			}
+			if before[i].exposed {
+				s.exposed[c] = true
+			}
+		}
+	})
+	if !s.makeRoom(h, Size{}, &d.undo) {
+		return false
+	}
+	for _, c := range inside {
+		if !s.secure(c, &d.undo) && !d.relaxed {
+			return false
+		}
+	}
+	return true
+}
+
+// rehost is the primitive change of a machine's host; its containers stand by nowhere.
+func (s *State) rehost(m *machine, inside []*container, h *host, size, ceiling Size) {
+	s.dropMachine(m)
+	m.Host, m.Size, m.Ceiling = h.ID, size, ceiling
+	s.addMachine(m)
+	for _, c := range inside {
+		s.place(c, h, m)
+	}
+}
+
+// migrateRules checks whether m may go to h in that size. restart says that it does
+// not run any more, and the back end needs no live migration.
+func (d *decision) migrateRules(m *machine, h *host, to Size, restart bool) miss {
+	s := d.s
+	switch {
+	case h == m.host:
+		return miss{rule: RuleHost, detail: "has it"}
+	case !restart && (m.host.Capabilities.MoveSecondsGiB <= 0 || h.Capabilities.MoveSecondsGiB <= 0):
+		return miss{rule: RuleCapability, detail: "can't migrate running machines"}
+	case !m.used().sub(m.host.GuestExtra).add(h.GuestExtra).fits(to):
+		return miss{rule: RuleCapability, detail: "has larger guest overheads"}
+	case !to.fits(h.ceiling()):
+		return miss{rule: RuleCeiling, detail: "makes no machine as large as " + to.String()}
+	case !to.add(h.MachineExtra).fits(h.free()):
+		return capacityMiss(to.add(h.MachineExtra).shortOf(h.free()))
+	}
+	for _, c := range m.in.members {
+		if x := s.hostRules(c, h); !x.ok() {
+			return x
+		}
+		if x := s.residentRule(c, h); !x.ok() {
+			return x
+		}
+	}
+	// Two of them may bear others on h, and not both.
+	for _, o := range h.all.anti {
+		for _, r := range o.Anti {
+			k := serviceKey{o.Project, r.Service}
+			if r.Layer == "host" && m.in.count(k) > 0 && besides(o, &h.all, k)+m.in.count(k) > r.Max {
+				return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, which allows at most %d of %s", o.ID, r.Max, r.Service)}
+			}
+		}
+	}
+	for _, c := range m.in.members {
+		for _, r := range c.Anti {
+			k := serviceKey{c.Project, r.Service}
+			if r.Layer == "host" && h.all.count(k)+besides(c, &m.in, k) > r.Max {
+				return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which %s allows at most %d", r.Service, c.ID, r.Max)}
+			}
+			if r.Layer == "zone" && m.host.Zone != h.Zone {
+				return miss{rule: RuleAnti, detail: "is in another zone, which " + c.ID + " has rules about"}
+			}
+		}
+		for _, v := range c.Volumes {
+			if s.volumes[v] != "" && s.volumes[v] != h.ID {
+				return miss{rule: RuleVolume, detail: "has no volume " + v}
+			}
+		}
+	}
+	return miss{}
+}
+
+// mark is a point to which a decision can go back.
+type mark struct{ undo, actions, out int }
+
+func (d *decision) mark() mark { return mark{len(d.undo), len(d.actions), len(d.out)} }
+
+func (d *decision) reset(k mark) {
+	rollback(&d.undo, k.undo)
+	d.actions, d.out = d.actions[:k.actions], d.out[:k.out]
+	for m, i := range d.at {
+		if i >= k.actions {
+			delete(d.at, m)
+		} else {
+			d.actions[i].To = m.Size
+		}
+	}
+}
+
+// budget counts what a plan has spent.
+type budget struct {
+	Budget
+	spent Budget
+}
+
+func (b *budget) allows(containers, machines int, bytes int64) bool {
+	within := func(spent, more, limit int64) bool { return limit < 0 || spent+more <= limit }
+	return within(int64(b.spent.Containers), int64(containers), int64(b.Containers)) &&
+		within(int64(b.spent.Machines), int64(machines), int64(b.Machines)) &&
+		within(b.spent.Bytes, bytes, b.Bytes)
+}
+
+func (b *budget) spend(containers, machines int, bytes int64) {
+	b.spent.Containers += containers
+	b.spent.Machines += machines
+	b.spent.Bytes += bytes
+}
+
+var unlimited = Budget{-1, -1, -1}
+
+// clear empties h: its machines are migrated or their containers moved, whichever
+// disturbs less, within b. It says whether h runs nothing afterwards; what did not
+// work out is in d.out with the reason. The caller resets when it wants all or nothing.
+func (d *decision) clear(h *host, b *budget, why string) bool {
+	s := d.s
+	was := d.not
+	d.not = h
+	defer func() { d.not = was }()
+	machines := slices.Clone(h.machines)
+	slices.SortFunc(machines, func(x, y *machine) int {
+		return cmp.Or(cmp.Compare(y.sum.CPU, x.sum.CPU), cmp.Compare(y.sum.Memory, x.sum.Memory), cmp.Compare(x.ID, y.ID))
+	})
+	all := true
+	for _, m := range machines {
+		if len(m.in.members) == 0 && !m.Pinned {
+			if !m.Stopping {
+				d.stop(m, why)
+			}
+			continue
+		}
+		k := d.mark()
+		spent := b.spent
+		if d.moveAll(m.in.members, b, why) && !m.Pinned {
+			d.stop(m, why)
+			continue
+		}
+		failed := slices.Clone(d.out[k.out:])
+		d.reset(k)
+		b.spent = spent
+		if d.migrateAway(m, b, why) {
+			continue
+		}
+		all = false
+		d.out = append(d.out, failed...)
+		if len(failed) == 0 {
+			for _, c := range m.in.members {
+				d.out = append(d.out, Unplaced{Container: c.ID, Remedy: "allow more moves, or add a host",
+					Reason: Reason{Summary: c.ID + " stays in " + m.ID + ": no host takes the machine, and the budget or its state forbids moving it"}})
+			}
+		}
+		if !d.relaxed {
+			return false
+		}
+	}
+	if !d.moveAll(h.metal.members, b, why) {
+		all = false
+	}
+	_ = s
+	return all
+}
+
+// moveAll moves containers by start-before-stop, the large first; all or it says no.
+func (d *decision) moveAll(members []*container, b *budget, why string) bool {
+	list := slices.Clone(members)
+	slices.SortFunc(list, func(x, y *container) int {
+		return cmp.Or(cmp.Compare(y.need.CPU, x.need.CPU), cmp.Compare(y.need.Memory, x.need.Memory), cmp.Compare(x.ID, y.ID))
+	})
+	for _, c := range list {
+		if c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, c.need.Memory) {
+			return false
+		}
+		if !d.move(c, why) {
+			return false
+		}
+		b.spend(1, 0, c.need.Memory)
+	}
+	return true
+}
+
+// move places c anew and turns what comes of it into a Move.
+func (d *decision) move(c *container, why string) bool {
+	fromMachine, fromHost := c.Machine, c.Host
+	d.remove(c)
+	power, evict := d.noPower, d.evict
+	d.noPower, d.evict = true, false
+	ok := d.decide(c)
+	d.noPower, d.evict = power, evict
+	if !ok {
+		return false
+	}
+	a := &d.actions[len(d.actions)-1]
+	a.Kind, a.FromMachine, a.FromHost, a.Bytes = Move, fromMachine, fromHost, c.need.Memory
+	a.Reason.Summary = why + ": " + a.Reason.Summary
+	return true
+}
+
+// stop stops a machine that holds nothing any more.
+func (d *decision) stop(m *machine, why string) {
+	was := m.Stopping
+	d.stopping(m, true)
+	d.undo = append(d.undo, func() { d.stopping(m, was) })
+	d.actions = append(d.actions, Action{Kind: Stop, Machine: m.ID, Host: m.Host, From: m.Size,
+		Reason: Reason{Summary: fmt.Sprintf("%s: %s holds nothing any more; stopping it frees %s on %s", why, m.ID, m.Size.add(m.host.MachineExtra), m.Host)}})
+}
+
+// migrateAway migrates m to the fullest host that takes it.
+func (d *decision) migrateAway(m *machine, b *budget, why string) bool {
+	if !b.allows(len(m.in.members), 1, m.Size.Memory) {
+		return false
+	}
+	from, size := m.host, m.Size
+	k := d.mark()
+	for _, o := range d.targets(m, m.Size, false) {
+		if d.migrate(m, o.h, m.Size) {
+			b.spend(len(m.in.members), 1, size.Memory)
+			d.actions = append(d.actions, Action{Kind: Migrate, Machine: m.ID, Host: o.h.ID, FromHost: from.ID, From: size, To: size, Bytes: size.Memory,
+				Seconds: from.Capabilities.MoveSecondsGiB * float64(size.Memory) / gib, Cost: o.cost,
+				Reason: Reason{Summary: fmt.Sprintf("%s: %s goes to %s while it runs, with the %d in it", why, m.ID, o.h.ID, len(m.in.members)), Options: o.options, Exclusions: o.excluded}})
+			return true
+		}
+		d.reset(k)
+	}
+	return false
+}
+
+// target is a host that would take a machine.
+type target struct {
+	h        *host
+	cost     float64
+	options  []Option
+	excluded []Exclusion
+}
+
+// targets is the hosts that take m in that size, cheapest first, at most maxSecured.
+func (d *decision) targets(m *machine, to Size, restart bool) []target {
+	s := d.s
+	var out []target
+	f := &finder{d: d}
+	looked := 0
+	s.open.fitting(to, func(h *host) bool {
+		if h == d.not || h == m.host {
+			return true
+		}
+		looked++
+		x := d.migrateRules(m, h, to, restart)
+		if x.ok() && !to.add(h.MachineExtra).fits(h.avail()) {
+			x = s.hostMiss(to.add(h.MachineExtra), h)
+		}
+		if !x.ok() {
+			f.turnedAway("host", h.ID, x, 1)
+			return looked < maxExamined || len(out) == 0
+		}
+		left := h.idle().sub(m.used()).sub(h.MachineExtra)
+		cpu, mem := share(left.CPU, h.Capacity.CPU), share(left.Memory, h.Capacity.Memory)
+		t := target{h: h, cost: WeightFit*(cpu*cpu+mem*mem)/2 + WeightMoveGiB*float64(m.Size.Memory)/gib}
+		at := len(out)
+		for at > 0 && t.cost < out[at-1].cost {
+			at--
+		}
+		out = slices.Insert(out, at, t)
+		out = out[:min(len(out), maxSecured)]
+		return looked < maxExamined
+	})
+	var options []Option
+	for i, t := range out[:min(len(out), maxOptions)] {
+		options = append(options, Option{Action: string(Migrate), Machine: m.ID, Host: t.h.ID, Cost: t.cost, Chosen: i == 0})
+	}
+	for i := range out {
+		out[i].options, out[i].excluded = slices.Clone(options), f.list()
+		for j := range out[i].options {
+			out[i].options[j].Chosen = j == i
+		}
+	}
+	return out
+}

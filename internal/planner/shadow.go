@@ -1,0 +1,112 @@
+package planner
+
+// Rules between containers hold after a loss too: what stands by on a host is a
+// shadow there. Shadows of different hosts don't meet when one host may be lost;
+// when two may, all shadows of a host are taken to meet.
+
+// meets says whether the shadows of two containers on one host may come true at
+// the same time.
+func (s *State) meets(a, b *container) bool {
+	return s.policy.HostLosses > 1 || a.host == b.host
+}
+
+// shadowsOf counts the shadows on g of a service that may meet c's.
+func (s *State) shadowsOf(k serviceKey, g *host, c *container) int {
+	if k.service == "" {
+		return 0
+	}
+	n := 0
+	for _, x := range g.claims {
+		f := x.from
+		if f.all.count(k) == 0 || c.host != nil && s.policy.HostLosses < 2 && f != c.host {
+			continue
+		}
+		for _, o := range f.all.members {
+			if o != c && o.service() == k && (o.standby[0] == g || o.standby[1] == g) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// shadowRules checks c, which is on a host, as a shadow on g against those there.
+func (s *State) shadowRules(c *container, g *host) bool {
+	for _, r := range c.Anti {
+		k := serviceKey{c.Project, r.Service}
+		if r.Layer == "host" && g.all.count(k)+s.shadowsOf(k, g, c) > r.Max {
+			return false
+		}
+	}
+	for _, o := range g.shadows {
+		if o != c && s.meets(o, c) && !s.friends(c, o, g) {
+			return false
+		}
+	}
+	// Those who live there must bear it with all other shadows.
+	for _, o := range g.all.anti {
+		for _, r := range o.Anti {
+			if r.Layer == "host" && r.Service == c.Service && o.Project == c.Project &&
+				besides(o, &g.all, c.service())+s.shadowsOf(c.service(), g, c)+1 > r.Max {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// friends says whether c, as a shadow or for real, may be on g beside shadow o.
+func (s *State) friends(c, o *container, g *host) bool {
+	for _, r := range o.Anti {
+		if r.Layer != "host" || r.Service != c.Service || o.Project != c.Project {
+			continue
+		}
+		k := c.service()
+		if g.all.count(k)+s.shadowsOf(k, g, o)+1 > r.Max {
+			return false
+		}
+	}
+	if c.Service != "" && c.service() == o.service() {
+		return true
+	}
+	for _, p := range c.Ports {
+		for _, q := range o.Ports {
+			if p.overlaps(q) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// besides counts a service in b without o itself.
+func besides(o *container, b *box, k serviceKey) int {
+	n := b.count(k)
+	if o.Service != "" && o.service() == k {
+		n--
+	}
+	return n
+}
+
+// residentRule checks c, as a newcomer on h, against the shadows there: they must
+// find the rules kept when they come true.
+func (s *State) residentRule(c *container, h *host) miss {
+	if len(h.claims) == 0 {
+		return miss{}
+	}
+	for _, o := range h.shadows {
+		if o != c && o.host != h && !s.friends(c, o, h) {
+			return miss{rule: RuleFailover, detail: "is where " + o.ID + " would start if " + o.Host + " were lost, which must not be beside it"}
+		}
+	}
+	for _, r := range c.Anti {
+		k := serviceKey{c.Project, r.Service}
+		if r.Layer != "host" || k.service == "" || len(s.services[k]) == 0 {
+			continue
+		}
+		if besides(c, &h.all, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}}) > r.Max {
+			return miss{rule: RuleFailover, detail: "is where " + r.Service + " would start after a loss, which must not be beside it"}
+		}
+	}
+	return miss{}
+}
