@@ -2,14 +2,17 @@ package planner_test
 
 import (
 	"fmt"
+	"runtime"
+	"slices"
 	"testing"
+	"time"
 
 	"tandem/internal/planner"
 )
 
 // fill makes a state of n hosts, ten machines on each, ten containers in each of
-// those, in n/10 projects.
-func fill(b *testing.B, n int) *planner.State {
+// those, in n/10 projects, with every tenth host half empty and one spare.
+func fill(b testing.TB, n, losses int) *planner.State {
 	b.Helper()
 	s := planner.New()
 	for h := range n {
@@ -26,27 +29,123 @@ func fill(b *testing.B, n int) *planner.State {
 			}
 		}
 	}
+	for i := range 2 * losses { // room for the guarantee
+		must(b, s.SetHost(testHost(fmt.Sprintf("spare-%d", i), 96000, 256*gib)))
+	}
+	must(b, s.SetPolicy(planner.Policy{HostLosses: losses}))
 	return s
 }
 
-// BenchmarkPlace is one container placed, committed and removed again.
-func BenchmarkPlace(b *testing.B) {
-	for _, hosts := range []int{10, 100, 1000} {
-		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) {
-			s := fill(b, hosts)
-			b.ReportAllocs()
-			i := 0
-			for b.Loop() {
-				i++
-				must(b, s.SetContainer(planner.Container{ID: "new", Project: fmt.Sprintf("p-%d", i%max(1, hosts/10)), Service: "s-1",
-					Request: planner.Size{CPU: int64(100 * (i % 30)), Memory: int64(i%40) * 128 * mib}}))
-				p, err := s.Decide(planner.Question{Place: []string{"new"}})
-				must(b, err)
-				if len(p.Unplaced) > 0 {
-					b.Fatal(p.Unplaced)
-				}
-				s.RemoveContainer("new")
+var benchHosts = []int{100, 1000, 10000}
+
+// benchPlace measures one container placed, committed and, a hundred later, gone again.
+func benchPlace(b *testing.B, hosts, losses int, shape func(i int, c *planner.Container)) {
+	s := fill(b, hosts, losses)
+	var took []time.Duration
+	var alive []string
+	i, boots := 0, 0
+	b.ReportAllocs()
+	for b.Loop() {
+		i++
+		id := fmt.Sprintf("new-%d", i)
+		c := planner.Container{ID: id, Project: fmt.Sprintf("p-%d", i%max(1, hosts/10)),
+			Request: planner.Size{CPU: int64(100 * (i % 30)), Memory: int64(1+i%40) * 128 * mib}}
+		if shape != nil {
+			shape(i, &c)
+		}
+		must(b, s.SetContainer(c))
+		start := time.Now()
+		p, err := s.Decide(planner.Question{Place: []string{id}})
+		took = append(took, time.Since(start))
+		must(b, err)
+		if len(p.Unplaced) > 0 {
+			b.Fatal(p.Unplaced)
+		}
+		names := map[string]string{}
+		for _, a := range p.Actions {
+			if a.Kind == planner.Boot {
+				boots++
+				names[a.Machine] = fmt.Sprintf("booted-%d", boots)
 			}
+		}
+		must(b, s.Commit(p, names))
+		if alive = append(alive, id); len(alive) > 100 {
+			s.RemoveContainer(alive[0])
+			alive = alive[1:]
+		}
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(len(took))/b.Elapsed().Seconds(), "placements/s")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+}
+
+// BenchmarkPlace is placements a second (event, decision, commit), from 10,000 to
+// 1,000,000 containers.
+func BenchmarkPlace(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) { benchPlace(b, hosts, 0, nil) })
+	}
+}
+
+// BenchmarkPlaceGuaranteed is the same with every host loss survivable.
+func BenchmarkPlaceGuaranteed(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) { benchPlace(b, hosts, 1, nil) })
+	}
+}
+
+// BenchmarkPlaceSpread is replicas of services with hundreds of them, spread over hosts.
+func BenchmarkPlaceSpread(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) {
+			benchPlace(b, hosts, 0, func(i int, c *planner.Container) { c.Service, c.Spread = fmt.Sprintf("s-%d", i%4), "host" })
 		})
+	}
+}
+
+// BenchmarkPlaceAnti is replicas of which a host bears one only.
+func BenchmarkPlaceAnti(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) {
+			benchPlace(b, hosts, 0, func(i int, c *planner.Container) {
+				c.Service = "alone"
+				c.Anti = []planner.AntiRule{{Service: "alone", Layer: "host"}}
+			})
+		})
+	}
+}
+
+// BenchmarkHostLost plans the loss of a host with 200 machines in the largest state.
+func BenchmarkHostLost(b *testing.B) {
+	s := fill(b, 10000, 1)
+	h := testHost("lost", 96000*2, 256*gib*2)
+	h.MachineExtra, h.GuestExtra = planner.Size{}, planner.Size{}
+	must(b, s.SetHost(h))
+	for m := range 200 {
+		id := fmt.Sprintf("lost-%d", m)
+		project := fmt.Sprintf("p-%d", m)
+		must(b, s.SetMachine(planner.Machine{ID: id, Host: "lost", Project: project, Size: planner.Size{CPU: 900, Memory: gib}, Ceiling: planner.Size{CPU: 900, Memory: gib}}))
+		must(b, s.SetContainer(planner.Container{ID: id + "-c", Project: project, Machine: id, Request: planner.Size{CPU: 300, Memory: gib / 2}}))
+	}
+	for b.Loop() {
+		p, err := s.Decide(planner.Question{HostLost: []string{"lost"}})
+		must(b, err)
+		if len(p.Unplaced) > 0 || len(p.Actions) < 200 {
+			b.Fatal(len(p.Actions), p.Unplaced)
+		}
+	}
+}
+
+// BenchmarkState is the memory of 10,000 hosts, 100,000 machines and 1,000,000 containers.
+func BenchmarkState(b *testing.B) {
+	for b.Loop() {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		s := fill(b, 10000, 1)
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/(1<<20), "MiB")
+		runtime.KeepAlive(s)
 	}
 }

@@ -7,8 +7,12 @@ import (
 	"slices"
 )
 
-// maxTried bounds how many hosts a Consolidate question tries to empty in vain.
-const maxTried = 8
+// maxTried bounds how many hosts a Consolidate question tries to empty in vain;
+// cheapHost is how many containers are moved for a host just before Leave is unused.
+const (
+	maxTried  = 20
+	cheapHost = 12.0
+)
 
 // consolidate empties the hosts that are cheapest to empty, as long as much is
 // unused, and switches off those that run nothing and that the guarantee does
@@ -28,7 +32,7 @@ func (s *State) consolidate(q Consolidate) (*Plan, error) {
 			break
 		}
 		if !d.worthIt(h, &q) {
-			continue
+			break // the next ones hold more
 		}
 		k, spent := d.mark(), b.spent
 		if d.clear(h, b, "to empty "+h.ID) && s.dismiss(h, &d.undo) {
@@ -97,15 +101,20 @@ func (d *decision) powerOff(h *host) {
 		Reason: Reason{Summary: h.ID + " was emptied; the guarantee does without it"}})
 }
 
-// worthIt says whether enough is unused to do without h and leave what the
-// question leaves.
+// worthIt says whether all fits without h at all, and whether enough is unused for
+// what emptying it disturbs: see Consolidate.Leave.
 func (d *decision) worthIt(h *host, q *Consolidate) bool {
 	s := d.s
-	busy := s.busy.sub(h.busy) // what stays where it is
-	total := s.total.sub(h.Capacity)
-	leave := func(v int64) int64 { return int64(q.Leave * float64(v)) }
-	room := total.sub(busy).sub(h.busy)
-	return room.CPU >= leave(s.total.CPU) && room.Memory >= leave(s.total.Memory)
+	room := s.total.sub(h.Capacity).sub(s.busy)
+	if room.CPU < 0 || room.Memory < 0 {
+		return false
+	}
+	unused := min(share(room.CPU, s.total.CPU), share(room.Memory, s.total.Memory))
+	if unused >= q.Leave {
+		return true
+	}
+	part := unused / q.Leave
+	return float64(len(h.all.members)) <= cheapHost*part*part
 }
 
 // cheapest is the hosts within the budget by what emptying them disturbs.

@@ -39,6 +39,7 @@ type decision struct {
 	evict   bool  // batch work may give way
 	only    *host // nothing but this host
 	not     *host // anything but this host
+	nor     *host // nor this
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about

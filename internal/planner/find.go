@@ -33,7 +33,7 @@ type missed struct {
 }
 
 func (f *finder) add(kind Kind, h *host, m *machine) {
-	if h == f.d.not {
+	if h == f.d.not || h == f.d.nor {
 		return
 	}
 	f.found = append(f.found, candidate{kind: kind, host: h, machine: m})

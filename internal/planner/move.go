@@ -229,8 +229,12 @@ func (d *decision) moveAll(members []*container, b *budget, why string) bool {
 		if c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, c.need.Memory) {
 			return false
 		}
+		k := d.mark()
 		if !d.move(c, why) {
-			return false
+			d.reset(k)
+			if !d.swap(c, b, why) {
+				return false
+			}
 		}
 		b.spend(1, 0, c.need.Memory)
 	}
@@ -252,6 +256,62 @@ func (d *decision) move(c *container, why string) bool {
 	a.Kind, a.FromMachine, a.FromHost, a.Bytes = Move, fromMachine, fromHost, c.need.Memory
 	a.Reason.Summary = why + ": " + a.Reason.Summary
 	return true
+}
+
+// swap moves c into the place of a smaller container that finds another one.
+func (d *decision) swap(c *container, b *budget, why string) bool {
+	g := d.s.groups[groupOf(c.Isolation, c.Project)]
+	if g == nil || d.nor != nil || c.need.CPU < 4 || !b.allows(2, 0, c.need.Memory) {
+		return false
+	}
+	defer func() { d.nor = nil }()
+	type pair struct {
+		m *machine
+		y *container
+	}
+	var pairs []pair
+	looked := 0
+	most := Size{c.need.CPU / 2, c.need.Memory / 2}
+	g.room.roomiest(c.need.sub(most), func(m *machine) bool {
+		if short := c.need.shortOf(m.room()); m.host != d.not && !short.zero() && short.fits(most) {
+			if y := m.smallest(short, most); y != nil {
+				pairs = append(pairs, pair{m, y})
+			}
+		}
+		looked++
+		return looked < maxExamined && len(pairs) < maxSecured
+	})
+	for _, p := range pairs {
+		if !b.allows(2, 0, c.need.Memory+p.y.need.Memory) {
+			continue
+		}
+		k := d.mark()
+		d.nor = p.m.host
+		if d.move(p.y, why+", in favour of "+c.ID) {
+			d.nor = nil
+			if d.move(c, why) {
+				b.spend(1, 0, p.y.need.Memory)
+				return true
+			}
+		}
+		d.nor = nil
+		d.reset(k)
+	}
+	return false
+}
+
+// smallest is the smallest container in m that may move and frees what is short.
+func (m *machine) smallest(short, most Size) *container {
+	var best *container
+	for _, y := range m.in.members {
+		if y.Stateful || len(y.Volumes) > 0 || y.ruled() || !short.fits(y.need) || !y.need.fits(most) {
+			continue
+		}
+		if best == nil || y.need.CPU < best.need.CPU || y.need.CPU == best.need.CPU && y.need.Memory < best.need.Memory {
+			best = y
+		}
+	}
+	return best
 }
 
 // stop stops a machine that holds nothing any more.

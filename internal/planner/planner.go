@@ -43,9 +43,11 @@ type Consolidate struct {
 	Budget Budget
 	// Hosts bounds how many hosts may be emptied in one plan; 0: any number.
 	Hosts int
-	// Leave is the part of what is switched on, 0 to 1, that may be unused without
-	// anything being moved for it: a load that comes back soon is not worth moves.
-	// Hosts that run nothing are switched off whatever it says.
+	// Leave is the part of what is switched on, 0 to 1, beyond which unused capacity
+	// is worth any move of the budget. While less is unused, load that comes back
+	// soon would undo the work: a host is emptied only if it holds few containers,
+	// the fewer the less is unused (12 x (unused / Leave)²). Hosts that run nothing
+	// are switched off whatever it says. 0.07 does well on clusters with a daily swing.
 	Leave float64
 	// PowerOff lets the plan switch off hosts that run nothing and that the
 	// guarantee does without.
