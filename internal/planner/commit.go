@@ -15,8 +15,15 @@ var ErrStale = errors.New("the plan is stale: what it relies on has changed; pla
 // those without one keep theirs. A plan of an older revision is applied if every
 // step still keeps all rules, else nothing is and the error wraps ErrStale.
 func (s *State) Commit(p *Plan, rename map[string]string) error {
+	done, err := s.replay(p, rename)
+	if err != nil {
+		return err
+	}
 	d := &decision{s: s, relaxed: p.Relaxed}
 	for i := range p.Actions {
+		if done {
+			break
+		}
 		if err := d.commit(&p.Actions[i], rename); err != nil {
 			d.back()
 			return err
@@ -85,10 +92,13 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 		}
 		m = &machine{fresh: true, Machine: Machine{ID: id, Host: h.ID, Project: a.Project, Isolation: a.Isolation, Size: a.To, Ceiling: a.Ceiling.max(a.To)}}
 		s.addMachine(m)
-		d.undo = append(d.undo, func() { s.dropMachine(m) })
+		d.undo.note(nil, func() { s.dropMachine(m) })
 		return nil
 	case PlaceM:
 		c := s.containers[a.Container]
+		if c != nil && a.FromHost != "" && c.Host == a.FromHost && c.Machine == a.FromMachine {
+			d.remove(c) // from a host that was lost
+		}
 		if c == nil || c.host != nil {
 			return stale("the container is gone or placed")
 		}
@@ -108,6 +118,9 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 	switch a.Kind {
 	case Place:
 		c := s.containers[a.Container]
+		if c != nil && a.FromHost != "" && c.Host == a.FromHost && c.Machine == a.FromMachine {
+			d.remove(c) // from a host that was lost
+		}
 		if c == nil || c.host != nil {
 			return stale("the container is gone or placed")
 		}
@@ -138,7 +151,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 		}
 		was := m.Stopping
 		d.stopping(m, true)
-		d.undo = append(d.undo, func() { d.stopping(m, was) })
+		d.undo.note(nil, func() { d.stopping(m, was) })
 	default:
 		return fmt.Errorf("plan with an action %q that this planner does not know", a.Kind)
 	}
@@ -148,7 +161,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 func (d *decision) size(m *machine, to Size) {
 	from := m.Size
 	d.s.resize(m, to)
-	d.undo = append(d.undo, func() { d.s.resize(m, from) })
+	d.undo.note(func() { d.s.resize(m, to) }, func() { d.s.resize(m, from) })
 }
 
 func (d *decision) stopping(m *machine, v bool) {

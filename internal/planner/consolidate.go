@@ -22,7 +22,7 @@ func (s *State) consolidate(q Consolidate) (*Plan, error) {
 		return nil, fmt.Errorf("consolidate: leave %g must be between 0 and 1, hosts %d and keep-on %d not negative", q.Leave, q.Hosts, q.KeepOn)
 	}
 	d := s.decision()
-	d.noPower = true
+	d.noPower, d.noBoot = true, true
 	defer d.back()
 	b := &budget{Budget: q.Budget}
 	d.dropEmpty(&q)
@@ -46,9 +46,8 @@ func (s *State) consolidate(q Consolidate) (*Plan, error) {
 		d.reset(k)
 		b.spent = spent
 	}
-	p := d.plan()
-	p.Unplaced = nil
-	return p, nil
+	d.out = nil
+	return d.plan(), nil
 }
 
 // dropEmpty switches off hosts that run nothing, the largest id first, so that the

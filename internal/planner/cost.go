@@ -25,6 +25,9 @@ const (
 	WeightRest = 4.0
 	// WeightPowerOn is for a host that has to be switched on.
 	WeightPowerOn = 1000.0
+	// WeightCrowd is for each machine that is on the host already when another is
+	// booted there, where hosts can be switched on instead: a few large machines.
+	WeightCrowd = 250.0
 	// WeightMoveGiB is for each GiB that a move or a migration carries.
 	WeightMoveGiB = 1.0
 )
@@ -51,10 +54,11 @@ const (
 	termFit
 	termRest
 	termPower
+	termCrowd
 	nTerms
 )
 
-var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power"}
+var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power", "crowd"}
 
 func (a *candidate) id() string {
 	if a.machine != nil {
@@ -121,6 +125,9 @@ func (d *decision) weigh(c *container, a *candidate) {
 	a.terms[termFit] = WeightFit * fit(c, a)
 	a.terms[termRest] = d.rest(c, a)
 	a.terms[termPower] = power
+	if a.kind == Boot && len(d.s.off) > 0 && c.Isolation == Project {
+		a.terms[termCrowd] = WeightCrowd * float64(len(h.machines))
+	}
 	a.cost = 0
 	for _, t := range a.terms {
 		a.cost += t

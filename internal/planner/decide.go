@@ -25,7 +25,7 @@ const (
 // everything back at the end.
 type decision struct {
 	s       *State
-	undo    []func()
+	undo    journal
 	left    map[groupKey]Size // requests of the question not placed yet
 	from    map[*machine]Size // sizes before the first growth
 	fresh   int               // machines booted, for their names
@@ -35,6 +35,7 @@ type decision struct {
 	loose   bool  // second try: ignore spread, largest first
 	asked   int   // containers in the question
 	noPower bool  // hosts stay as they are
+	noBoot  bool  // machines that are there must do
 	relaxed bool  // after a loss: the guarantee is kept where it can be
 	evict   bool  // batch work may give way
 	only    *host // nothing but this host
@@ -199,10 +200,6 @@ func (d *decision) decide(c *container) bool {
 	if d.evict && c.Class == Latency && d.giveWay(f) {
 		return true
 	}
-	if d.relaxed && len(f.found) > 0 {
-		d.choose(f, f.ranked(1)[0])
-		return true
-	}
 	d.out = append(d.out, Unplaced{
 		Container: c.ID,
 		Reason:    Reason{Summary: f.nothing(), Exclusions: f.list()},
@@ -268,7 +265,7 @@ func (d *decision) roomFor(a *candidate, c *container) bool {
 	case PlaceM:
 		want = c.need
 	}
-	return want.fits(a.host.avail()) || d.s.makeRoom(a.host, want, &d.undo)
+	return want.fits(a.host.avail()) || d.s.makeRoom(a.host, want, &d.undo) || d.relaxed && d.s.shed(a.host, want, &d.undo)
 }
 
 // power switches hosts on until one of the options works out.
@@ -341,7 +338,7 @@ func (d *decision) power1(h *host, off bool) {
 	}
 	was := h.Off
 	set(off)
-	d.undo = append(d.undo, func() { set(was) })
+	d.undo.note(func() { set(off) }, func() { set(was) })
 }
 
 // apply carries an option out on the tentative state.
@@ -357,7 +354,7 @@ func (d *decision) apply(c *container, a *candidate) *machine {
 			m.Project = ""
 		}
 		s.addMachine(m)
-		d.undo = append(d.undo, func() { s.dropMachine(m) })
+		d.undo.note(func() { s.addMachine(m) }, func() { s.dropMachine(m) })
 	case Grow:
 		before := m.Size
 		if d.from == nil {
@@ -365,17 +362,19 @@ func (d *decision) apply(c *container, a *candidate) *machine {
 		}
 		if _, ok := d.from[m]; !ok {
 			d.from[m] = before
-			d.undo = append(d.undo, func() { delete(d.from, m) })
+			d.undo.note(func() {}, func() { delete(d.from, m) })
 		}
 		s.resize(m, a.to)
-		d.undo = append(d.undo, func() { s.resize(m, before) })
+		to := a.to
+		d.undo.note(func() { s.resize(m, to) }, func() { s.resize(m, before) })
 	}
 	s.place(c, a.host, m)
-	d.undo = append(d.undo, func() { s.unplace(c) })
+	h := a.host
+	d.undo.note(func() { s.place(c, h, m) }, func() { s.unplace(c) })
 	for _, v := range c.Volumes {
 		if s.volumes[v] == "" {
 			s.setVolume(v, a.host.ID)
-			d.undo = append(d.undo, func() { s.setVolume(v, "") })
+			d.undo.note(func() { s.setVolume(v, h.ID) }, func() { s.setVolume(v, "") })
 		}
 	}
 	return m
@@ -435,5 +434,7 @@ func (d *decision) sized(m *machine, a *candidate) {
 }
 
 func (d *decision) plan() *Plan {
-	return &Plan{Revision: d.s.rev, Actions: d.actions, Unplaced: d.out}
+	p := &Plan{Revision: d.s.rev, Actions: d.actions, Unplaced: d.out, Relaxed: d.relaxed}
+	d.remember(p)
+	return p
 }

@@ -17,20 +17,18 @@ func (s *State) emptyHosts(ids []string) (*Plan, error) {
 			s.indexHost(h)
 		}
 		set(true)
-		d.undo = append(d.undo, func() { set(was) })
+		d.undo.note(func() {}, func() { set(was) }) // the host stays open in the state
 		s.dismissSome(h, &d.undo)
 	}
 	b := &budget{Budget: unlimited}
 	for _, h := range hosts {
 		d.clear(h, b, "to empty "+h.ID)
 	}
-	p := d.plan()
-	p.Relaxed = true
-	return p, nil
+	return d.plan(), nil
 }
 
 // dismissSome finds other standby hosts for what stands by on h, where there are any.
-func (s *State) dismissSome(h *host, undo *[]func()) {
+func (s *State) dismissSome(h *host, undo *journal) {
 	for _, f := range s.claimants(h) {
 		for _, c := range f.all.members {
 			for slot := range c.standby {

@@ -153,7 +153,7 @@ func (d *decision) again1(m *machine) {
 		d.from = map[*machine]Size{}
 	}
 	d.from[m] = m.Size
-	d.undo = append(d.undo, func() {
+	d.undo.note(func() {}, func() {
 		d.at[m] = i
 		if had {
 			d.from[m] = from

@@ -219,6 +219,9 @@ func (f *finder) hosts(kind Kind) {
 	if kind == PlaceM {
 		rules = s.metalRules
 	}
+	if kind == Boot && f.d.noBoot {
+		return
+	}
 	if x := s.machineQuota(c, kind); !x.ok() {
 		f.turnedAway("host", "", x, len(s.hosts))
 		return
@@ -307,7 +310,7 @@ func (f *finder) reserved() {
 					f.add(Grow, h, m)
 				}
 			}
-			if s.machineQuota(c, Boot).ok() && s.bootRules(c, h).ok() {
+			if !f.d.noBoot && s.machineQuota(c, Boot).ok() && s.bootRules(c, h).ok() {
 				f.add(Boot, h, nil)
 			}
 		}

@@ -25,7 +25,7 @@ func (s *State) hostLost(ids []string) (*Plan, error) {
 			s.indexHost(h)
 		}
 		set(true)
-		d.undo = append(d.undo, func() { set(was) })
+		d.undo.note(func() {}, func() { set(was) }) // the caller says so himself
 	}
 	var machines []*machine
 	var loose []*container
@@ -54,9 +54,7 @@ func (s *State) hostLost(ids []string) (*Plan, error) {
 	for _, c := range loose {
 		d.again(c)
 	}
-	p := d.plan()
-	p.Relaxed = true
-	return p, nil
+	return d.plan(), nil
 }
 
 func (s *State) named(ids []string) ([]*host, error) {

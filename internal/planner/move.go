@@ -11,7 +11,7 @@ import (
 func (d *decision) remove(c *container) {
 	h, m, standby, exposed := c.host, c.machine, c.standby, d.s.exposed[c]
 	d.s.unplace(c)
-	d.undo = append(d.undo, func() {
+	d.undo.note(func() { d.s.unplace(c) }, func() {
 		d.s.place(c, h, m)
 		for slot, g := range standby {
 			if g != nil {
@@ -40,8 +40,14 @@ func (d *decision) migrate(m *machine, h *host, to Size) bool {
 		s.release(c)
 	}
 	old, size, ceiling := m.host, m.Size, m.Ceiling
-	s.rehost(m, inside, h, to, ceiling.min(h.ceiling()).max(to))
-	d.undo = append(d.undo, func() {
+	top := ceiling.min(h.ceiling()).max(to)
+	s.rehost(m, inside, h, to, top)
+	d.undo.note(func() {
+		for _, c := range inside {
+			s.release(c)
+		}
+		s.rehost(m, inside, h, to, top)
+	}, func() {
 		for _, c := range inside {
 			s.release(c)
 		}
@@ -57,7 +63,7 @@ func (d *decision) migrate(m *machine, h *host, to Size) bool {
 			}
 		}
 	})
-	if !s.makeRoom(h, Size{}, &d.undo) {
+	if !s.makeRoom(h, Size{}, &d.undo) && !(d.relaxed && s.shed(h, Size{}, &d.undo)) {
 		return false
 	}
 	for _, c := range inside {
@@ -318,7 +324,7 @@ func (m *machine) smallest(short, most Size) *container {
 func (d *decision) stop(m *machine, why string) {
 	was := m.Stopping
 	d.stopping(m, true)
-	d.undo = append(d.undo, func() { d.stopping(m, was) })
+	d.undo.note(func() { d.stopping(m, true) }, func() { d.stopping(m, was) })
 	d.actions = append(d.actions, Action{Kind: Stop, Machine: m.ID, Host: m.Host, From: m.Size,
 		Reason: Reason{Summary: fmt.Sprintf("%s: %s holds nothing any more; stopping it frees %s on %s", why, m.ID, m.Size.add(m.host.MachineExtra), m.Host)}})
 }

@@ -302,7 +302,7 @@ func (s *State) findStandby(c *container, not *host, tight bool) *host {
 
 // secure gives c, which is placed, the standby hosts that it lacks; it says whether
 // it has them all. What it did is added to the undo list, when there is one.
-func (s *State) secure(c *container, undo *[]func()) bool {
+func (s *State) secure(c *container, undo *journal) bool {
 	if c.host == nil || !s.covered(c) {
 		return true
 	}
@@ -316,25 +316,19 @@ func (s *State) secure(c *container, undo *[]func()) bool {
 			return false
 		}
 		s.stand(c, slot, g)
-		if undo != nil {
-			*undo = append(*undo, func() { s.unstand(c, slot) })
-		}
+		undo.note(func() { s.stand(c, slot, g) }, func() { s.unstand(c, slot) })
 	}
 	if s.exposed[c] {
 		delete(s.exposed, c)
-		if undo != nil {
-			*undo = append(*undo, func() { s.exposed[c] = true })
-		}
+		undo.note(func() { delete(s.exposed, c) }, func() { s.exposed[c] = true })
 	}
 	return true
 }
 
-func (s *State) expose(c *container, undo *[]func()) {
+func (s *State) expose(c *container, undo *journal) {
 	if !s.exposed[c] {
 		s.exposed[c] = true
-		if undo != nil {
-			*undo = append(*undo, func() { delete(s.exposed, c) })
-		}
+		undo.note(func() { s.exposed[c] = true }, func() { delete(s.exposed, c) })
 	}
 }
 
@@ -347,7 +341,7 @@ func (s *State) release(c *container) {
 
 // makeRoom lowers what h keeps back until need fits beside it, by letting others
 // keep it back; it says whether that worked out, and has changed nothing if not.
-func (s *State) makeRoom(h *host, need Size, undo *[]func()) bool {
+func (s *State) makeRoom(h *host, need Size, undo *journal) bool {
 	limit := h.free().sub(need)
 	if !(Size{}).fits(limit) {
 		return false
@@ -373,16 +367,9 @@ func (s *State) makeRoom(h *host, need Size, undo *[]func()) bool {
 	return h.reserve.fits(limit)
 }
 
-func rollback(undo *[]func(), to int) {
-	for i := len(*undo) - 1; i >= to; i-- {
-		(*undo)[i]()
-	}
-	*undo = (*undo)[:to]
-}
-
 // lowerClaim moves standby places of f's containers away from h until its claim
 // there is at most limit.
-func (s *State) lowerClaim(f, h *host, limit Size, undo *[]func()) bool {
+func (s *State) lowerClaim(f, h *host, limit Size, undo *journal) bool {
 	var list []*container
 	for _, c := range f.all.members {
 		if c.standby[0] == h || c.standby[1] == h {
@@ -408,18 +395,44 @@ func (s *State) lowerClaim(f, h *host, limit Size, undo *[]func()) bool {
 			return false
 		}
 		s.stand(c, slot, g)
-		*undo = append(*undo, func() {
-			s.unstand(c, slot)
-			s.stand(c, slot, h)
-		})
+		s.restood(c, slot, h, g, undo)
 	}
 	return claimed(f, h).fits(limit)
+}
+
+// shed gives up standby places on h until need fits: after a loss what was lost
+// comes before what may be lost next. Who stood by there is exposed.
+func (s *State) shed(h *host, need Size, undo *journal) bool {
+	limit := h.free().sub(need)
+	if !(Size{}).fits(limit) {
+		return false
+	}
+	each := limit
+	if s.policy.HostLosses > 1 {
+		each = Size{limit.CPU / 2, limit.Memory / 2}
+	}
+	for _, f := range s.claimants(h) {
+		for _, c := range f.all.members {
+			if claimed(f, h).fits(each) {
+				break
+			}
+			for slot := range c.standby {
+				if c.standby[slot] != h {
+					continue
+				}
+				s.unstand(c, slot)
+				undo.note(func() { s.unstand(c, slot) }, func() { s.stand(c, slot, h) })
+				s.expose(c, undo)
+			}
+		}
+	}
+	return h.reserve.fits(limit)
 }
 
 // dismiss finds other standby hosts for all that stands by on h; it says whether
 // all found one. With a nil undo list the rest is left exposed, else nothing is
 // changed when it did not.
-func (s *State) dismiss(h *host, undo *[]func()) bool {
+func (s *State) dismiss(h *host, undo *journal) bool {
 	start := 0
 	if undo != nil {
 		start = len(*undo)
@@ -455,7 +468,7 @@ func (s *State) claimants(h *host) []*host {
 }
 
 // restand finds another standby host than h for c; nothing is changed if there is none.
-func (s *State) restand(c *container, slot int, h *host, undo *[]func()) bool {
+func (s *State) restand(c *container, slot int, h *host, undo *journal) bool {
 	s.unstand(c, slot)
 	g := s.findStandby(c, h, false)
 	if g == nil {
@@ -463,13 +476,19 @@ func (s *State) restand(c *container, slot int, h *host, undo *[]func()) bool {
 		return false
 	}
 	s.stand(c, slot, g)
-	if undo != nil {
-		*undo = append(*undo, func() {
-			s.unstand(c, slot)
-			s.stand(c, slot, h)
-		})
-	}
+	s.restood(c, slot, h, g, undo)
 	return true
+}
+
+// restood notes that c stands by on g in place of h.
+func (s *State) restood(c *container, slot int, h, g *host, undo *journal) {
+	change := func(to *host) func() {
+		return func() {
+			s.unstand(c, slot)
+			s.stand(c, slot, to)
+		}
+	}
+	undo.note(change(g), change(h))
 }
 
 // mend tries again for containers that have no standby host, after an event that

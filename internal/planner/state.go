@@ -32,6 +32,7 @@ type State struct {
 	taken      Size                    // of it, what is used
 	busy       Size                    // of it, what containers and overheads use
 	scratch    scratch
+	last       tried
 }
 
 type host struct {

@@ -1,0 +1,69 @@
+package planner
+
+// journal is what was done to the state, one primitive change a step, so that it can
+// be taken back, and done again by Commit exactly as it was tried.
+type journal []step
+
+type step struct{ do, undo func() }
+
+// note adds a step that has been done; a nil journal keeps nothing.
+func (j *journal) note(do, undo func()) {
+	if j != nil {
+		*j = append(*j, step{do, undo})
+	}
+}
+
+// rollback takes back all steps from number to on.
+func rollback(j *journal, to int) {
+	for i := len(*j) - 1; i >= to; i-- {
+		(*j)[i].undo()
+	}
+	clear((*j)[to:])
+	*j = (*j)[:to]
+}
+
+// tried is the last plan that a state has made, with the way there.
+type tried struct {
+	plan    *Plan
+	actions int
+	rev     uint64
+	steps   journal
+	booted  map[string]*machine // by temporary name
+}
+
+// remember keeps the way to p, for a Commit that follows.
+func (d *decision) remember(p *Plan) {
+	d.s.last = tried{plan: p, actions: len(p.Actions), rev: d.s.rev, steps: append(journal(nil), d.undo...)}
+	for _, a := range p.Actions {
+		if a.Kind == Boot {
+			if d.s.last.booted == nil {
+				d.s.last.booted = map[string]*machine{}
+			}
+			d.s.last.booted[a.Machine] = d.s.machines[a.Machine]
+		}
+	}
+}
+
+// replay does again what made p, when p is the last plan and nothing has changed since.
+func (s *State) replay(p *Plan, rename map[string]string) (bool, error) {
+	t := s.last
+	if t.plan != p || t.rev != s.rev || t.actions != len(p.Actions) {
+		return false, nil
+	}
+	seen := map[string]bool{}
+	for temporary := range t.booted {
+		id := named(temporary, rename)
+		if s.machines[id] != nil || seen[id] {
+			return false, nil // the slow way has the right error
+		}
+		seen[id] = true
+	}
+	for temporary, m := range t.booted {
+		m.ID = named(temporary, rename)
+	}
+	for _, x := range t.steps {
+		x.do()
+	}
+	s.last = tried{}
+	return true, nil
+}
