@@ -55,7 +55,7 @@ func (w *world) apply(a planner.Action) error {
 	if !ok {
 		return fmt.Errorf("%s on unknown host %q", a.Kind, a.Host)
 	}
-	open := !h.Down && !h.Cordoned
+	open := !h.Down && !h.Cordoned && !h.Off
 	m, known := w.machines[a.Machine]
 	switch a.Kind {
 	case planner.Boot:
@@ -67,8 +67,63 @@ func (w *world) apply(a planner.Action) error {
 		}
 		w.machines[a.Machine] = planner.Machine{ID: a.Machine, Host: a.Host, Project: a.Project, Isolation: a.Isolation, Size: a.To, Ceiling: a.Ceiling}
 		return nil
+	case planner.PowerOn:
+		if !h.Off {
+			return fmt.Errorf("power on of %s, which is on", h.ID)
+		}
+		h.Off = false
+		w.hosts[h.ID] = h
+		return nil
+	case planner.PowerOff:
+		for _, m := range w.machines {
+			if m.Host == h.ID && !m.Stopping {
+				return fmt.Errorf("power off of %s, which has %s", h.ID, m.ID)
+			}
+		}
+		for _, c := range w.containers {
+			if c.Host == h.ID {
+				return fmt.Errorf("power off of %s, which runs %s", h.ID, c.ID)
+			}
+		}
+		h.Off = true
+		w.hosts[h.ID] = h
+		return nil
+	case planner.Evict:
+		c := w.containers[a.Container]
+		if c.Host != a.FromHost || c.Machine != a.FromMachine || c.Class != planner.Batch {
+			return fmt.Errorf("eviction of %s from %s", a.Container, a.FromHost)
+		}
+		c.Host, c.Machine = "", ""
+		w.containers[c.ID] = c
+		return nil
+	case planner.Migrate, planner.Restart:
+		if !known || m.Host != a.FromHost || m.Size != a.From || !open {
+			return fmt.Errorf("%s of %s from %s to %s", a.Kind, a.Machine, a.FromHost, a.Host)
+		}
+		if f := w.hosts[a.FromHost]; a.Kind == planner.Migrate && (f.Down || f.Capabilities.MoveSecondsGiB <= 0 || h.Capabilities.MoveSecondsGiB <= 0) {
+			return fmt.Errorf("migration of %s, which the back end can't", m.ID)
+		}
+		m.Host, m.Size, m.Ceiling = h.ID, a.To, planner.Size{CPU: max(a.To.CPU, m.Ceiling.CPU), Memory: max(a.To.Memory, m.Ceiling.Memory)}
+		w.machines[m.ID] = m
+		for k, c := range w.containers {
+			if c.Machine == m.ID {
+				c.Host = h.ID
+				w.containers[k] = c
+			}
+		}
+		return nil
+	case planner.Move:
+		c := w.containers[a.Container]
+		if c.Host == "" || c.Host != a.FromHost || c.Machine != a.FromMachine || c.Stateful || !open || a.Machine != "" && (!known || m.Host != a.Host || m.Stopping) {
+			return fmt.Errorf("move of %s from %s to %s", a.Container, a.FromHost, a.Host)
+		}
+		c.Host, c.Machine = "", ""
+		return w.put(c, h, a.Machine)
 	case planner.PlaceM:
 		c, ok := w.containers[a.Container]
+		if a.FromHost != "" && c.Host == a.FromHost && w.hosts[c.Host].Down {
+			c.Host, c.Machine = "", ""
+		}
 		if !ok || c.Host != "" || !open || !h.Capabilities.Metal || c.Isolation != planner.Metal {
 			return fmt.Errorf("metal placement of %s on %s", a.Container, a.Host)
 		}
@@ -100,6 +155,9 @@ func (w *world) apply(a planner.Action) error {
 		m.Stopping = true
 	case planner.Place:
 		c, ok := w.containers[a.Container]
+		if a.FromHost != "" && c.Host == a.FromHost && w.hosts[c.Host].Down {
+			c.Host, c.Machine = "", ""
+		}
 		if !ok || c.Host != "" || !open || m.Stopping {
 			return fmt.Errorf("placement of %s in %s", a.Container, m.ID)
 		}
@@ -172,6 +230,9 @@ func (w *world) check() error {
 				used = plus(used, reserved(c))
 			}
 		}
+		if h.Off && used != (planner.Size{}) {
+			return fmt.Errorf("%s is off and gives %v", h.ID, used)
+		}
 		if !within(used, h.Capacity) {
 			return fmt.Errorf("%s gives %v, more than its %v", h.ID, used, h.Capacity)
 		}
@@ -199,6 +260,9 @@ func (w *world) check() error {
 				near := b.Host == a.Host
 				if r.Layer == "machine" {
 					near = near && b.Machine == a.Machine
+				}
+				if r.Layer == "zone" {
+					near = b.Host != "" && w.hosts[b.Host].Zone == w.hosts[a.Host].Zone
 				}
 				if b.ID != a.ID && b.Host != "" && b.Project == a.Project && b.Service == r.Service && near {
 					n++
@@ -302,4 +366,110 @@ func up(h planner.Host, from, want planner.Size) planner.Size {
 		from.Memory += (want.Memory - from.Memory + mem - 1) / mem * mem
 	}
 	return from
+}
+
+// survives carries out every loss of that many hosts by what the planner says of
+// standby hosts: everything covered starts at the first of its standby hosts that is
+// left, machines with their overheads, and then every rule is checked as ever.
+func (w *world) survives(losses int, standby func(string) []string) error {
+	var up []string
+	for id, h := range w.hosts {
+		if !h.Down && !h.Cordoned && !h.Off {
+			up = append(up, id)
+		}
+	}
+	slices.Sort(up)
+	lose := func(lost ...string) error {
+		n := w.copy()
+		for _, id := range lost {
+			h := n.hosts[id]
+			h.Down = true
+			n.hosts[id] = h
+		}
+		for id, c := range w.containers {
+			if !slices.Contains(lost, c.Host) {
+				continue
+			}
+			if !w.covered(c) {
+				c.Host, c.Machine, c.Volumes = "", "", nil
+				n.containers[id] = c
+				continue
+			}
+			to := ""
+			for _, g := range standby(id) {
+				if !slices.Contains(lost, g) && !n.hosts[g].Down {
+					to = g
+					break
+				}
+			}
+			if to == "" {
+				return fmt.Errorf("loss of %v: %s has nowhere to go (%v)", lost, id, standby(id))
+			}
+			h := n.hosts[to]
+			if len(c.Hosts) > 0 && !slices.Contains(c.Hosts, to) || len(c.Zones) > 0 && !slices.Contains(c.Zones, h.Zone) {
+				return fmt.Errorf("loss of %v: %s would go to %s, where it may not be", lost, id, to)
+			}
+			if c.Machine != "" { // a machine of that name there for all that come from it
+				old := c.Machine
+				c.Machine = old + "@" + to
+				m, ok := n.machines[c.Machine]
+				if !ok {
+					m = w.machines[old]
+					m.ID, m.Host, m.Size = c.Machine, to, h.Base
+				}
+				inside := plus(h.GuestExtra, reserved(c))
+				for _, o := range n.containers {
+					if o.Machine == m.ID {
+						inside = plus(inside, reserved(o))
+					}
+				}
+				m.Size = up2(h, inside)
+				n.machines[m.ID] = m
+			} else if !h.Capabilities.Metal {
+				return fmt.Errorf("loss of %v: %s would go to %s, which runs nothing on metal", lost, id, to)
+			}
+			c.Host = to
+			n.containers[id] = c
+		}
+		for id, m := range n.machines {
+			if slices.Contains(lost, m.Host) {
+				delete(n.machines, id)
+			}
+		}
+		for _, c := range n.containers {
+			if slices.Contains(lost, c.Host) {
+				return fmt.Errorf("checker left %s on %s", c.ID, c.Host)
+			}
+		}
+		if err := n.check(); err != nil {
+			return fmt.Errorf("after the loss of %v: %w", lost, err)
+		}
+		return nil
+	}
+	for i, a := range up {
+		if losses >= 1 {
+			if err := lose(a); err != nil {
+				return err
+			}
+		}
+		for _, b := range up[i+1:] {
+			if losses >= 2 {
+				if err := lose(a, b); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func up2(h planner.Host, want planner.Size) planner.Size { return up(h, h.Base, want) }
+
+func (w *world) covered(c planner.Container) bool {
+	for _, v := range c.Volumes {
+		if w.volumes[v] != "" {
+			return false
+		}
+	}
+	return !c.Uncovered && len(c.Hosts) != 1 && len(c.Near) == 0
 }

@@ -27,7 +27,7 @@ const (
 	WeightPowerOn = 1000.0
 	// WeightCrowd is for each machine that is on the host already when another is
 	// booted there, where hosts can be switched on instead: a few large machines.
-	WeightCrowd = 250.0
+	WeightCrowd = 60.0
 	// WeightMoveGiB is for each GiB that a move or a migration carries.
 	WeightMoveGiB = 1.0
 )

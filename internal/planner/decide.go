@@ -155,6 +155,9 @@ func (d *decision) order(list []*container) []*container {
 	}
 	list = slices.Clone(list)
 	slices.SortFunc(list, func(a, b *container) int {
+		if a.Class != b.Class {
+			return int(a.Class) - int(b.Class) // who gives way comes last
+		}
 		if x, y := pinned(a), pinned(b); x != y {
 			return x - y
 		}
@@ -177,12 +180,16 @@ func (d *decision) decide(c *container) bool {
 		return false
 	}
 	f := &finder{d: d, c: c, found: s.scratch.found[:0], misses: s.scratch.misses[:0]}
-	defer func() { s.scratch.found, s.scratch.misses = f.found, f.misses }()
+	s.scratch = scratch{} // in use: a decision inside this one takes its own
+	defer func() { s.scratch = scratch{found: f.found, misses: f.misses} }()
 	if c.Isolation == Metal {
 		f.hosts(PlaceM)
 	} else {
 		f.machines()
 		f.hosts(Boot)
+	}
+	if d.tooCrowded(f) && d.power(f) {
+		return true
 	}
 	if d.settle(f) {
 		return true
@@ -206,6 +213,11 @@ func (d *decision) decide(c *container) bool {
 		Remedy:    f.remedy(),
 	})
 	return false
+}
+
+// tooCrowded says whether even the best option is worse than switching a host on.
+func (d *decision) tooCrowded(f *finder) bool {
+	return !d.noPower && len(d.s.off) > 0 && len(f.found) > 0 && f.found[f.best()].cost > WeightPowerOn
 }
 
 // refuse is for what no place can mend.
@@ -272,6 +284,7 @@ func (d *decision) roomFor(a *candidate, c *container) bool {
 func (d *decision) power(f *finder) bool {
 	s := d.s
 	start, acts := len(d.undo), len(d.actions)
+	before := slices.Clone(f.found)
 	for range s.policy.HostLosses + 2 {
 		h := d.spare(f.c, len(f.found) > 0)
 		if h == nil {
@@ -292,7 +305,7 @@ func (d *decision) power(f *finder) bool {
 	}
 	rollback(&d.undo, start)
 	d.actions = d.actions[:acts]
-	f.found = f.found[:0]
+	f.found = append(f.found[:0], before...)
 	return false
 }
 

@@ -62,6 +62,9 @@ func victims(c *container, h *host) ([]*container, Size, bool) {
 	}
 	var list []*container
 	for _, o := range h.all.members {
+		if o.machine != nil && o.machine.fresh {
+			continue // it has only just been placed
+		}
 		if o.Class == Batch && o.Isolation != Metal && h.Capabilities.Shrink || o.Class == Batch && o.Isolation == Metal ||
 			o.Class == Batch && o.machine != nil && o.machine.group == h.groupFor(c) {
 			list = append(list, o)

@@ -21,7 +21,6 @@ type finder struct {
 type scratch struct {
 	found  []candidate
 	misses []missed
-	order  []int32
 }
 
 type missed struct {

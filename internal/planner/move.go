@@ -178,7 +178,6 @@ var unlimited = Budget{-1, -1, -1}
 // disturbs less, within b. It says whether h runs nothing afterwards; what did not
 // work out is in d.out with the reason. The caller resets when it wants all or nothing.
 func (d *decision) clear(h *host, b *budget, why string) bool {
-	s := d.s
 	was := d.not
 	d.not = h
 	defer func() { d.not = was }()
@@ -194,10 +193,20 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 			}
 			continue
 		}
+		if d.relaxed && d.migrateAway(m, b, why) { // nothing restarts
+			continue
+		}
 		k := d.mark()
 		spent := b.spent
 		if d.moveAll(m.in.members, b, why) && !m.Pinned {
 			d.stop(m, why)
+			continue
+		}
+		if d.relaxed { // as much as can be done, and the rest named
+			all = false
+			if m.Pinned && len(m.in.members) == 0 {
+				d.stays(m.ID, m)
+			}
 			continue
 		}
 		failed := slices.Clone(d.out[k.out:])
@@ -210,19 +219,25 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 		d.out = append(d.out, failed...)
 		if len(failed) == 0 {
 			for _, c := range m.in.members {
-				d.out = append(d.out, Unplaced{Container: c.ID, Remedy: "allow more moves, or add a host",
-					Reason: Reason{Summary: c.ID + " stays in " + m.ID + ": no host takes the machine, and the budget or its state forbids moving it"}})
+				d.stays(c.ID, m)
 			}
 		}
-		if !d.relaxed {
-			return false
-		}
+		return false
 	}
 	if !d.moveAll(h.metal.members, b, why) {
 		all = false
 	}
-	_ = s
 	return all
+}
+
+// stays says that a container, or a machine by its id, can't leave.
+func (d *decision) stays(id string, m *machine) {
+	in := "on its host"
+	if m != nil && id != m.ID {
+		in = "in " + m.ID
+	}
+	d.out = append(d.out, Unplaced{Container: id, Remedy: "stop it, let its host migrate machines, or add a host",
+		Reason: Reason{Summary: id + " stays " + in + ": no host takes the machine while it runs, and it may not run twice or the budget is spent"}})
 }
 
 // moveAll moves containers by start-before-stop, the large first; all or it says no.
@@ -231,20 +246,32 @@ func (d *decision) moveAll(members []*container, b *budget, why string) bool {
 	slices.SortFunc(list, func(x, y *container) int {
 		return cmp.Or(cmp.Compare(y.need.CPU, x.need.CPU), cmp.Compare(y.need.Memory, x.need.Memory), cmp.Compare(x.ID, y.ID))
 	})
+	all := true
 	for _, c := range list {
 		if c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, c.need.Memory) {
-			return false
+			all = false
+			if !d.relaxed {
+				return false
+			}
+			d.stays(c.ID, c.machine)
+			continue
 		}
 		k := d.mark()
 		if !d.move(c, why) {
+			failed := slices.Clone(d.out[k.out:])
 			d.reset(k)
 			if !d.swap(c, b, why) {
-				return false
+				all = false
+				d.out = append(d.out, failed...)
+				if !d.relaxed {
+					return false
+				}
+				continue
 			}
 		}
 		b.spend(1, 0, c.need.Memory)
 	}
-	return true
+	return all
 }
 
 // move places c anew and turns what comes of it into a Move.

@@ -19,7 +19,9 @@ import (
 func TestPlansKeepAllRules(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		x := &run{t: t, s: planner.New(), w: newWorld()}
-		for range rapid.IntRange(1, 3).Draw(t, "hosts") {
+		x.losses = rapid.IntRange(0, 2).Draw(t, "losses")
+		x.ok(x.s.SetPolicy(planner.Policy{HostLosses: x.losses}))
+		for range rapid.IntRange(1, 4).Draw(t, "hosts") {
 			x.addHost()
 		}
 		t.Repeat(map[string]func(*rapid.T){
@@ -35,6 +37,11 @@ func TestPlansKeepAllRules(t *testing.T) {
 			"place all":        x.placeAll,
 			"trim":             x.trim,
 			"stale":            x.stale,
+			"lose host":        x.loseHost,
+			"empty host":       x.emptyHost,
+			"rebalance":        x.rebalance,
+			"consolidate":      x.consolidate,
+			"what if":          x.whatIf,
 			"":                 x.invariants,
 		})
 	})
@@ -45,6 +52,8 @@ type run struct {
 	s *planner.State
 	w *world
 	n int
+	// losses is the policy.
+	losses int
 }
 
 func (x *run) ok(err error) {
@@ -72,9 +81,11 @@ func (x *run) addHost() {
 		Base:         planner.Size{CPU: 1000, Memory: 256 * mib},
 		Capabilities: planner.Capabilities{
 			Grow: rapid.Bool().Draw(t, "grow"), Shrink: rapid.Bool().Draw(t, "shrink"), Metal: rapid.Bool().Draw(t, "metal"),
-			MemoryStep: rapid.SampledFrom([]int64{0, 2 * mib, 128 * mib}).Draw(t, "step"), BootSeconds: 1, GrowSeconds: 0.1,
+			MoveSecondsGiB: rapid.SampledFrom([]float64{0, 1}).Draw(t, "migrates"),
+			MemoryStep:     rapid.SampledFrom([]int64{0, 2 * mib, 128 * mib}).Draw(t, "step"), BootSeconds: 1, GrowSeconds: 0.1,
 		},
 	}
+	h.Off = rapid.IntRange(0, 2).Draw(t, "off") == 0
 	if rapid.Bool().Draw(t, "bounded") {
 		h.Capabilities.MaxMachine = planner.Size{CPU: 4000, Memory: 2048 * mib}
 	}
@@ -140,7 +151,10 @@ func (x *run) addContainer(t *rapid.T) {
 			CPU:    rapid.SampledFrom([]int64{0, 100, 500, 1000, 3000}).Draw(t, "cpu"),
 			Memory: rapid.SampledFrom([]int64{0, 32, 200, 1000, 3000}).Draw(t, "mem") * mib,
 		},
-		Spread: rapid.SampledFrom([]string{"", "", "host", "machine", "zone"}).Draw(t, "spread"),
+		Class:     rapid.SampledFrom([]planner.Class{planner.Latency, planner.Latency, planner.Batch}).Draw(t, "class"),
+		Stateful:  rapid.IntRange(0, 3).Draw(t, "stateful") == 0,
+		Uncovered: rapid.IntRange(0, 5).Draw(t, "uncovered") == 0,
+		Spread:    rapid.SampledFrom([]string{"", "", "host", "machine", "zone"}).Draw(t, "spread"),
 	}
 	if rapid.IntRange(0, 3).Draw(t, "ports?") == 0 {
 		c.Ports = []planner.Port{{Protocol: "tcp", Port: rapid.SampledFrom([]uint16{0, 80, 443}).Draw(t, "port"),
@@ -154,7 +168,7 @@ func (x *run) addContainer(t *rapid.T) {
 	}
 	if rapid.IntRange(0, 3).Draw(t, "anti?") == 0 {
 		c.Anti = []planner.AntiRule{{Service: rapid.SampledFrom([]string{"web", "db"}).Draw(t, "against"),
-			Layer: rapid.SampledFrom([]string{"machine", "host"}).Draw(t, "layer"), Max: rapid.IntRange(0, 2).Draw(t, "max")}}
+			Layer: rapid.SampledFrom([]string{"machine", "host", "zone"}).Draw(t, "layer"), Max: rapid.IntRange(0, 2).Draw(t, "max")}}
 	}
 	x.w.containers[c.ID] = c
 	x.ok(x.s.SetContainer(c))
@@ -216,7 +230,7 @@ func (x *run) placeOne(t *rapid.T) {
 	id := rapid.SampledFrom(ids).Draw(t, "container")
 	p := x.decide(planner.Question{Place: []string{id}})
 	if len(p.Unplaced) > 0 {
-		if where := x.w.possible(id); where != "" {
+		if where := x.w.possible(id); where != "" && x.losses == 0 {
 			t.Fatalf("%s was not placed (%s), but could: %s", id, p.Unplaced[0].Reason.Summary, where)
 		}
 		if p.Unplaced[0].Remedy == "" || p.Unplaced[0].Reason.Summary == "" {
@@ -243,7 +257,7 @@ func (x *run) placeAll(t *rapid.T) {
 				t.Fatalf("placement without a reason: %+v", a)
 			}
 		case planner.Boot, planner.Grow:
-			if booted[a.Machine]++; booted[a.Machine] > 1 {
+			if booted[a.Machine]++; booted[a.Machine] > 1 && !evicts(p) {
 				t.Fatalf("%s is booted or grown twice in one plan", a.Machine)
 			}
 		}
@@ -303,6 +317,121 @@ func (x *run) stale(t *rapid.T) {
 	}
 }
 
+func evicts(p *planner.Plan) bool {
+	return slices.ContainsFunc(p.Actions, func(a planner.Action) bool { return a.Kind == planner.Evict })
+}
+
+// loseHost takes a host down: what was covered, and had its standby hosts, starts
+// again without anything else giving way.
+func (x *run) loseHost(t *rapid.T) {
+	x.t = t
+	id := pick(t, x.w.hosts)
+	h := x.w.hosts[id]
+	if h.Down || h.Cordoned || h.Off {
+		impossible(t)
+	}
+	whole, exposed := x.s.Survives()
+	h.Down = true
+	x.w.hosts[id] = h
+	x.ok(x.s.SetHost(h))
+	p := x.decide(planner.Question{HostLost: []string{id}})
+	if whole && x.losses > 0 {
+		for _, u := range p.Unplaced {
+			if c, ok := x.w.containers[u.Container]; ok && x.w.covered(c) {
+				t.Fatalf("%s was covered and starts nowhere: %s (exposed before: %v)", u.Container, u.Reason.Summary, exposed)
+			}
+		}
+	}
+	x.commit(p)
+	for k, c := range x.w.containers {
+		if c.Host == id {
+			c.Host, c.Machine = "", ""
+			x.w.containers[k] = c
+		}
+	}
+	x.dropHost(id)
+}
+
+func (x *run) dropHost(id string) {
+	for k, m := range x.w.machines {
+		if m.Host == id {
+			delete(x.w.machines, k)
+		}
+	}
+	delete(x.w.hosts, id)
+	x.s.RemoveHost(id)
+	for v, at := range x.w.volumes {
+		if at == id {
+			delete(x.w.volumes, v)
+			x.s.SetVolume(v, "")
+		}
+	}
+}
+
+func (x *run) emptyHost(t *rapid.T) {
+	x.t = t
+	id := pick(t, x.w.hosts)
+	if x.w.hosts[id].Down {
+		impossible(t)
+	}
+	p := x.decide(planner.Question{EmptyHost: []string{id}})
+	for _, a := range p.Actions {
+		if a.Host == id && a.Kind != planner.Stop && a.Kind != planner.PowerOff {
+			t.Fatalf("%s on the host that was to be emptied", a.Kind)
+		}
+	}
+	x.commit(p)
+}
+
+func (x *run) budget(t *rapid.T) planner.Budget {
+	return planner.Budget{Containers: rapid.IntRange(-1, 5).Draw(t, "moves"), Machines: rapid.IntRange(-1, 2).Draw(t, "migrations"), Bytes: -1}
+}
+
+func (x *run) within(p *planner.Plan, b planner.Budget) {
+	containers, machines := 0, 0
+	for _, a := range p.Actions {
+		switch a.Kind {
+		case planner.Move:
+			containers++
+		case planner.Migrate:
+			machines++
+		}
+	}
+	if b.Containers >= 0 && containers > b.Containers || b.Machines >= 0 && machines > b.Machines {
+		x.t.Fatalf("%d moves and %d migrations on a budget of %+v", containers, machines, b)
+	}
+}
+
+func (x *run) rebalance(t *rapid.T) {
+	x.t = t
+	b := x.budget(t)
+	p := x.decide(planner.Question{Rebalance: &b})
+	x.within(p, b)
+	x.commit(p)
+}
+
+func (x *run) consolidate(t *rapid.T) {
+	x.t = t
+	q := &planner.Consolidate{Budget: x.budget(t), PowerOff: rapid.Bool().Draw(t, "power off"), KeepOn: rapid.IntRange(0, 1).Draw(t, "keep on"),
+		Leave: rapid.SampledFrom([]float64{0, 0.1}).Draw(t, "leave")}
+	before, _ := x.s.Survives()
+	p := x.decide(planner.Question{Consolidate: q})
+	x.within(p, q.Budget)
+	x.commit(p)
+	if after, who := x.s.Survives(); before && !after {
+		t.Fatalf("consolidation gave the guarantee up for %v", who)
+	}
+}
+
+func (x *run) whatIf(t *rapid.T) {
+	x.t = t
+	q := &planner.WhatIf{AddHosts: []planner.Host{{ID: "more", Capacity: planner.Size{CPU: 8000, Memory: 8192 * mib}}}}
+	if rapid.Bool().Draw(t, "remove") {
+		q.RemoveHosts = []string{pick(t, x.w.hosts)}
+	}
+	x.decide(planner.Question{WhatIf: q})
+}
+
 func booted(p *planner.Plan) bool {
 	return slices.ContainsFunc(p.Actions, func(a planner.Action) bool { return a.Kind == planner.Boot })
 }
@@ -336,6 +465,12 @@ func (x *run) commit(p *planner.Plan) {
 	for _, a := range p.Actions {
 		x.ok(x.w.apply(a))
 	}
+	for _, a := range p.Actions {
+		if a.Kind == planner.Stop {
+			delete(x.w.machines, a.Machine)
+			x.s.RemoveMachine(a.Machine)
+		}
+	}
 }
 
 func (x *run) invariants(t *rapid.T) {
@@ -344,5 +479,10 @@ func (x *run) invariants(t *rapid.T) {
 	}
 	if err := x.s.Consistent(); err != nil {
 		t.Fatal(err)
+	}
+	if ok, _ := x.s.Survives(); ok {
+		if err := x.w.survives(x.losses, x.s.Standby); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -116,6 +116,56 @@ func (x *script) do(line string) string {
 		x.s.RemoveContainer(names[0])
 	case "place":
 		return x.ask(planner.Question{Place: names}, set)
+	case "policy":
+		n, e := strconv.Atoi(set["losses"])
+		must(x.t, e)
+		err = x.s.SetPolicy(planner.Policy{HostLosses: n})
+	case "pool":
+		p := planner.Pool{Path: names[0]}
+		if v := set["limit"]; v != "" {
+			p.Limit = x.size(v)
+		}
+		if v := set["reservation"]; v != "" {
+			p.Reservation = x.size(v)
+		}
+		err = x.s.SetPool(p)
+	case "quota":
+		n, e := strconv.Atoi(set["containers"])
+		must(x.t, e)
+		err = x.s.SetQuota(names[0], planner.Quota{Containers: n})
+	case "survives":
+		ok, who := x.s.Survives()
+		if ok {
+			return "every loss has a destination that fits\n"
+		}
+		return "no destination for " + strings.Join(who, ", ") + "\n"
+	case "standby":
+		return strings.Join(x.s.Standby(names[0]), ", ") + "\n"
+	case "lost":
+		return x.ask(planner.Question{HostLost: names}, set)
+	case "empty":
+		return x.ask(planner.Question{EmptyHost: names}, set)
+	case "rebalance":
+		return x.ask(planner.Question{Rebalance: &planner.Budget{Containers: x.number(set["moves"]), Machines: x.number(set["migrations"]), Bytes: -1}}, set)
+	case "consolidate":
+		return x.ask(planner.Question{Consolidate: &planner.Consolidate{PowerOff: true,
+			Budget: planner.Budget{Containers: x.number(set["moves"]), Machines: x.number(set["migrations"]), Bytes: -1}}}, set)
+	case "what-if":
+		q := &planner.WhatIf{}
+		if v := set["add"]; v != "" {
+			z := x.size(v)
+			h := testHost("added", z.CPU, z.Memory)
+			q.AddHosts = []planner.Host{h}
+		}
+		if v := set["remove"]; v != "" {
+			q.RemoveHosts = []string{v}
+		}
+		if v := set["scale"]; v != "" {
+			w := strings.Split(v, "/")
+			q.Scale = []planner.Scale{{Project: w[0], Service: w[1], Replicas: x.number(w[2])}}
+		}
+		set["commit"] = "no"
+		return x.ask(planner.Question{WhatIf: q}, set)
 	case "trim":
 		q := &planner.Trim{Shrink: set["shrink"] == "yes"}
 		if v := set["idle"]; v != "" {
@@ -131,6 +181,12 @@ func (x *script) do(line string) string {
 	return ""
 }
 
+func (x *script) number(v string) int {
+	n, err := strconv.Atoi(or(v, "0"))
+	must(x.t, err)
+	return n
+}
+
 func or(a, b string) string {
 	if a == "" {
 		return b
@@ -142,6 +198,10 @@ func (x *script) host(id string, set map[string]string) error {
 	z := x.size(set["size"])
 	h := testHost(id, z.CPU, z.Memory)
 	h.Zone = set["zone"]
+	h.Off = set["off"] == "yes"
+	if set["migrate"] == "yes" {
+		h.Capabilities.MoveSecondsGiB = 1
+	}
 	h.MachineExtra.CPU, h.GuestExtra.CPU = 0, 0
 	h.Capabilities.Grow = set["grow"] != "no"
 	h.Capabilities.Metal = set["metal"] != "no"
@@ -156,6 +216,14 @@ func (x *script) container(id string, set map[string]string) error {
 	c := planner.Container{ID: id, Project: set["project"], Service: set["service"], Spread: set["spread"], Machine: set["in"], Host: set["on"]}
 	if v := set["size"]; v != "" {
 		c.Request = x.size(v)
+	}
+	c.Stateful, c.Pool = set["stateful"] == "yes", set["pool"]
+	if set["class"] == "batch" {
+		c.Class = planner.Batch
+	}
+	if v := set["near"]; v != "" {
+		service, layer, _ := strings.Cut(v, "/")
+		c.Near = []planner.NearRule{{Service: service, Layer: layer}}
 	}
 	switch set["isolation"] {
 	case "shared":
@@ -213,6 +281,14 @@ func (x *script) ask(q planner.Question, set map[string]string) string {
 			fmt.Fprintf(&b, "stop %s on %s\n  %s\n", a.Machine, a.Host, a.Reason.Summary)
 		case planner.Place:
 			fmt.Fprintf(&b, "place %s in %s on %s\n  %s\n", a.Container, a.Machine, a.Host, a.Reason.Summary)
+		case planner.PowerOn, planner.PowerOff:
+			fmt.Fprintf(&b, "%s %s\n  %s\n", a.Kind, a.Host, a.Reason.Summary)
+		case planner.Move:
+			fmt.Fprintf(&b, "move %s from %s to %s on %s\n  %s\n", a.Container, a.FromMachine, a.Machine, a.Host, a.Reason.Summary)
+		case planner.Migrate, planner.Restart:
+			fmt.Fprintf(&b, "%s %s from %s to %s: %s -> %s\n  %s\n", a.Kind, a.Machine, a.FromHost, a.Host, a.From, a.To, a.Reason.Summary)
+		case planner.Evict:
+			fmt.Fprintf(&b, "evict %s from %s on %s\n  %s\n", a.Container, a.FromMachine, a.FromHost, a.Reason.Summary)
 		case planner.PlaceM:
 			fmt.Fprintf(&b, "place %s on %s\n  %s\n", a.Container, a.Host, a.Reason.Summary)
 		}
