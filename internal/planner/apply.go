@@ -137,7 +137,11 @@ func (s *State) unplace(c *container) {
 		}
 	}
 	if c.zoned() {
-		s.zoneAnti[c.Project] = removeByID(s.zoneAnti[c.Project], c)
+		if list := removeByID(s.zoneAnti[c.Project], c); len(list) > 0 {
+			s.zoneAnti[c.Project] = list
+		} else {
+			delete(s.zoneAnti, c.Project)
+		}
 	}
 	if c.Service != "" {
 		k := c.service()

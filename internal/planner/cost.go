@@ -150,8 +150,11 @@ func (d *decision) spread(c *container, a *candidate) float64 {
 	if c.Service == "" || d.loose {
 		return 0
 	}
+	onHost, inMachine := d.replicas[a.host], 0
+	if onHost == 0 && c.Spread != "zone" {
+		return 0 // nor in any of its machines
+	}
 	k := c.service()
-	onHost, inMachine := a.host.all.count(k), 0
 	if a.machine != nil {
 		inMachine = a.machine.in.count(k)
 	}

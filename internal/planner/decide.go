@@ -12,10 +12,10 @@ import (
 // hosts are looked at to find them or to explain why not, and how far the
 // guarantee looks. A feasible place is found whatever they are.
 const (
-	maxWeighed    = 48
+	maxWeighed    = 36
 	maxExamined   = 512
 	maxExplained  = 256
-	maxNearMisses = 8
+	maxNearMisses = 4
 	maxStanding   = 512
 	maxClaims     = 4096
 	maxSecured    = 16 // options tried against the guarantee
@@ -32,15 +32,17 @@ type decision struct {
 	actions []Action
 	at      map[*machine]int // where a machine is booted or grown in actions
 	out     []Unplaced
-	loose   bool  // second try: ignore spread, largest first
-	asked   int   // containers in the question
-	noPower bool  // hosts stay as they are
-	noBoot  bool  // machines that are there must do
-	relaxed bool  // after a loss: the guarantee is kept where it can be
-	evict   bool  // batch work may give way
-	only    *host // nothing but this host
-	not     *host // anything but this host
-	nor     *host // nor this
+	loose   bool // second try: ignore spread, largest first
+	asked   int  // containers in the question
+	noPower bool // hosts stay as they are
+	noBoot  bool // machines that are there must do
+	relaxed bool // after a loss: the guarantee is kept where it can be
+	evict   bool // batch work may give way
+	// replicas is where the service of the container being decided runs.
+	replicas map[*host]int
+	only     *host // nothing but this host
+	not      *host // anything but this host
+	nor      *host // nor this
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about
@@ -182,6 +184,10 @@ func (d *decision) decide(c *container) bool {
 	f := &finder{d: d, c: c, found: s.scratch.found[:0], misses: s.scratch.misses[:0]}
 	s.scratch = scratch{} // in use: a decision inside this one takes its own
 	defer func() { s.scratch = scratch{found: f.found, misses: f.misses} }()
+	d.replicas = nil
+	if c.Service != "" {
+		d.replicas = s.services[c.service()]
+	}
 	if c.Isolation == Metal {
 		f.hosts(PlaceM)
 	} else {

@@ -8,7 +8,7 @@ import (
 )
 
 // maxOptions bounds how many weighed options a Reason keeps.
-const maxOptions = 6
+const maxOptions = 4
 
 // best is the number of the cheapest option.
 func (f *finder) best() int {

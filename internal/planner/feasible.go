@@ -153,6 +153,9 @@ func (s *State) machineRules(c *container, m *machine) miss {
 	if m.Isolation == Own && len(m.in.members) > 0 {
 		return miss{rule: RuleIsolation, detail: "is another container's own"}
 	}
+	if s.indifferent(c, m.host) {
+		return machineCapacity(c.need, m)
+	}
 	if x := s.hostRules(c, m.host); !x.ok() {
 		x.detail = m.host.ID + " " + x.detail
 		return x
@@ -204,6 +207,9 @@ func bootSize(h *host, need Size) Size {
 
 // bootRules checks whether a machine for c can be booted on h.
 func (s *State) bootRules(c *container, h *host) miss {
+	if s.indifferent(c, h) {
+		return s.bootCapacity(c, h)
+	}
 	if x := s.hostRules(c, h); !x.ok() {
 		return x
 	}
@@ -216,6 +222,16 @@ func (s *State) bootRules(c *container, h *host) miss {
 	if x := s.residentRule(c, h); !x.ok() {
 		return x
 	}
+	return s.bootCapacity(c, h)
+}
+
+// indifferent says whether there are no rules to check between c and h: neither
+// brings any.
+func (s *State) indifferent(c *container, h *host) bool {
+	return c.plain && len(h.all.anti) == 0 && len(h.shadows) == 0 && len(s.zoneAnti) == 0 && h.takes()
+}
+
+func (s *State) bootCapacity(c *container, h *host) miss {
 	size := bootSize(h, c.need)
 	if top := h.ceiling(); !size.fits(top) && size.add(h.MachineExtra).fits(h.Capacity) {
 		return miss{rule: RuleCeiling, short: size.shortOf(top), detail: "makes no machine as large as " + size.String()}
@@ -274,7 +290,7 @@ func (s *State) zoneRule(c *container, h *host) miss {
 			return miss{rule: RuleAnti, detail: fmt.Sprintf("is in zone %q, which runs %d of %s; at most %d may be beside it", h.Zone, n, r.Service, r.Max)}
 		}
 	}
-	if c.Service == "" {
+	if c.Service == "" || len(s.zoneAnti) == 0 {
 		return miss{}
 	}
 	for _, o := range s.zoneAnti[c.Project] {

@@ -116,15 +116,24 @@ func (f *finder) pinRule() miss {
 // search bounds a look-up: enough good candidates, or too long a search with some.
 type search struct{ fresh, looked, found int }
 
-func (x *search) hit(h *host, c *container) {
+func (f *finder) hit(x *search, h *host) {
 	x.found++
-	if c.Service == "" || h.all.count(c.service()) == 0 {
+	if f.d.replicas[h] == 0 {
 		x.fresh++
 	}
 }
 
-func (x *search) on() bool {
-	return x.fresh < maxWeighed && (x.looked < maxExamined || x.found == 0)
+// enough is how many good candidates of a kind are weighed: where there are many, the
+// first ones are tight fits already.
+func (f *finder) enough() int {
+	if f.d.s.open.n > 256 {
+		return maxWeighed / 3
+	}
+	return maxWeighed
+}
+
+func (x *search) on(enough int) bool {
+	return x.fresh < enough && x.found < 3*enough && (x.looked < maxExamined || x.found == 0)
 }
 
 // machines finds free slots and machines that can grow.
@@ -158,9 +167,9 @@ func (f *finder) machines() {
 		x.looked++
 		if c.need.fits(m.free()) && s.machineRules(c, m).ok() {
 			f.add(Place, m.host, m)
-			x.hit(m.host, c)
+			f.hit(&x, m.host)
 		}
-		return x.on()
+		return x.on(f.enough())
 	})
 	x = search{}
 	g.room.fitting(c.need, func(m *machine) bool {
@@ -169,9 +178,9 @@ func (f *finder) machines() {
 			f.turnedAway("machine", m.ID, v, 1)
 		} else if !c.need.fits(m.free()) {
 			f.add(Grow, m.host, m)
-			x.hit(m.host, c)
+			f.hit(&x, m.host)
 		}
-		return x.on()
+		return x.on(f.enough())
 	})
 	f.lackingMachines(g)
 }
@@ -246,9 +255,9 @@ func (f *finder) hosts(kind Kind) {
 			f.turnedAway("host", h.ID, x, 1)
 		} else {
 			f.add(kind, h, nil)
-			y.hit(h, c)
+			f.hit(&y, h)
 		}
-		return y.on()
+		return y.on(f.enough())
 	})
 	looked, limit := 0, maxExplained
 	if len(f.found) > 0 {

@@ -18,7 +18,6 @@ func rollback(j *journal, to int) {
 	for i := len(*j) - 1; i >= to; i-- {
 		(*j)[i].undo()
 	}
-	clear((*j)[to:])
 	*j = (*j)[:to]
 }
 
@@ -33,7 +32,7 @@ type tried struct {
 
 // remember keeps the way to p, for a Commit that follows.
 func (d *decision) remember(p *Plan) {
-	d.s.last = tried{plan: p, actions: len(p.Actions), rev: d.s.rev, steps: append(journal(nil), d.undo...)}
+	d.s.last = tried{plan: p, actions: len(p.Actions), rev: d.s.rev, steps: d.undo}
 	for _, a := range p.Actions {
 		if a.Kind == Boot {
 			if d.s.last.booted == nil {

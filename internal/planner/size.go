@@ -115,16 +115,16 @@ func (h *host) stepDown(from, limit Size) Size {
 	return Size{stepDown(from.CPU, limit.CPU, st.CPU), stepDown(from.Memory, limit.Memory, st.Memory)}
 }
 
-// class sorts amounts into half powers of two: what is in a lower class than a
+// class sorts amounts into quarter powers of two: what is in a lower class than a
 // need can't satisfy it, what is in the same or a higher one may.
 func class(v int64) uint32 {
 	if v <= 0 {
 		return 0
 	}
 	n := bits.Len64(uint64(v))
-	half := uint32(0)
-	if n > 1 {
-		half = uint32(v>>(n-2)) & 1
+	part := uint32(0)
+	if n > 2 {
+		part = uint32(v>>(n-3)) & 3
 	}
-	return uint32(2*n) + half
+	return uint32(4*n) + part
 }

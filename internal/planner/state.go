@@ -74,6 +74,7 @@ type container struct {
 	host    *host
 	machine *machine
 	standby [2]*host
+	plain   bool // brings no rules on where it goes
 }
 
 func (h *host) id() string               { return h.ID }
@@ -317,6 +318,7 @@ func (s *State) SetContainer(c Container) error {
 		s.unplace(old)
 	}
 	n := &container{Container: c, need: c.effective()}
+	n.plain = len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Anti)+len(c.Near) == 0
 	n.Machine, n.Host = "", ""
 	s.containers[c.ID] = n
 	if h != nil {
@@ -364,7 +366,7 @@ func (s *State) Clone() *State {
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
 		c := s.containers[id]
-		k := &container{Container: c.Container, need: c.need}
+		k := &container{Container: c.Container, need: c.need, plain: c.plain}
 		k.Machine, k.Host = "", ""
 		n.containers[c.ID] = k
 		if c.host != nil {
