@@ -24,36 +24,62 @@
 //	}
 //
 // Decide changes nothing. Either feed back what came of the actions with the Set
-// calls, or let Commit apply the plan at once. A booted machine is called "new-1",
-// "new-2", ... until the caller gives it its name in Commit's rename.
+// calls, or let Commit apply the plan at once: a plan of the present revision is
+// carried out exactly as it was tried, an older one step by step as far as every
+// rule and the guarantee still hold, else not at all (ErrStale). A booted machine is
+// called "new-1", "new-2", ... until the caller gives it its name in Commit's rename.
+//
+// The other questions, one at a time: Trim (shrink and stop what holds too little),
+// HostLost (where does it all start again), EmptyHost (maintenance), Rebalance and
+// Consolidate within a budget of moves, WhatIf (hosts and replicas that are not
+// there yet). Their plans are made of the same actions and applied the same way.
 //
 // A State is not safe for concurrent use, not even for several Decide calls at a
 // time (a decision is tried out on the state and taken back). Clone gives a copy
 // for what-if questions.
 //
+// # Surviving the loss of a host
+//
+// After SetPolicy(Policy{HostLosses: 1}) every covered container has a standby host
+// (see State.Standby) that keeps room for it, and no plan places what would have
+// none. Room is shared between losses that can't happen together. Survives says
+// whether the proof is whole; HostLost turns it into actions. Not covered are
+// containers that say so, that are bound to one host by a pin or a disk, or that
+// must be near others.
+//
+// # Hosts that are off
+//
+// Hosts with Off set are switched on (PowerOn) when nothing that is on will do, for
+// room or for the guarantee. Consolidate empties hosts and switches them off.
+//
 // # Rules (never broken by a plan)
 //
 //   - Host: sum of machine sizes + MachineExtra for each + requests of metal
-//     containers <= Capacity. Machine: GuestExtra + sum of requests <= Size.
-//     A container that reserves no memory counts as DefaultMemory, one that
-//     reserves no CPU as none.
+//     containers + what is kept back for losses <= Capacity. Machine: GuestExtra +
+//     sum of requests <= Size. A container that reserves no memory counts as
+//     DefaultMemory, one that reserves no CPU as none.
 //   - A machine grows in steps (MemoryStep, CPUStep) and to its Ceiling at most,
-//     and only where the back end can.
+//     and only where the back end can; it migrates only between hosts that can.
 //   - Isolation: Project containers share machines of their project, Shared ones
 //     share with all Shared ones, Own has a machine alone, Metal runs on a host
 //     that has the capability.
-//   - Hosts that are down or cordoned and machines that stop take nothing new.
-//   - Hosts pins; a volume that is on a host pins to it, and a volume in use in a
-//     machine pins to that machine (its disk is attached to one at a time).
+//   - Hosts that are down, off or cordoned and machines that stop take nothing new.
+//   - Hosts and zones asked for; a volume that is on a host pins to it, and a volume
+//     in use in a machine pins to that machine (its disk is attached to one at a
+//     time).
 //   - A published port (protocol, number, overlapping address) belongs to one
 //     service on a host; replicas of the same service share it, as the traffic is
 //     balanced over them. Port 0 is picked later and conflicts with nothing.
-//   - Anti rules, seen from both sides.
+//   - Company: at most so many of a service beside (Anti), seen from both sides, and
+//     who must be near (Near); per machine, host or zone. They hold after a loss too.
+//   - Quotas of projects; limits and reservations of pools, nested by path.
+//   - Batch containers are evicted only for a latency container that fits nowhere
+//     else.
 //
 // # Cost (in seconds-equivalents; least wins, ties go to the lower id)
 //
 // See the Weight constants: seconds until the container runs, memory bound for
-// good, replicas of the same service nearby, tightness and balance of what
-// stays free, and what of the rest of the question would no longer fit. All terms
+// good, replicas of the same service nearby, what stays free on the host, what of
+// the rest of the question would no longer fit, and switching a host on. All terms
 // are kept in Reason.Options.
 package planner
