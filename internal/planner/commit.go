@@ -15,10 +15,7 @@ var ErrStale = errors.New("the plan is stale: what it relies on has changed; pla
 // those without one keep theirs. A plan of an older revision is applied if every
 // step still keeps all rules, else nothing is and the error wraps ErrStale.
 func (s *State) Commit(p *Plan, rename map[string]string) error {
-	done, err := s.replay(p, rename)
-	if err != nil {
-		return err
-	}
+	done := s.replay(p, rename)
 	d := &decision{s: s, relaxed: p.Relaxed}
 	for i := range p.Actions {
 		if done {

@@ -1,5 +1,7 @@
 package planner
 
+import "slices"
+
 // journal is what was done to the state, one primitive change a step, so that it can
 // be taken back, and done again by Commit exactly as it was tried.
 type journal []step
@@ -21,7 +23,10 @@ func rollback(j *journal, to int) {
 	*j = (*j)[:to]
 }
 
-// tried is the last plan that a state has made, with the way there.
+// maxTriedPlans bounds how many plans of one revision keep the way there.
+const maxTriedPlans = 4
+
+// tried is a plan that a state has made, with the way there.
 type tried struct {
 	plan    *Plan
 	actions int
@@ -32,28 +37,35 @@ type tried struct {
 
 // remember keeps the way to p, for a Commit that follows.
 func (d *decision) remember(p *Plan) {
-	d.s.last = tried{plan: p, actions: len(p.Actions), rev: d.s.rev, steps: d.undo}
+	t := tried{plan: p, actions: len(p.Actions), rev: d.s.rev, steps: d.undo}
 	for _, a := range p.Actions {
 		if a.Kind == Boot {
-			if d.s.last.booted == nil {
-				d.s.last.booted = map[string]*machine{}
+			if t.booted == nil {
+				t.booted = map[string]*machine{}
 			}
-			d.s.last.booted[a.Machine] = d.s.machines[a.Machine]
+			t.booted[a.Machine] = d.s.machines[a.Machine]
 		}
 	}
+	s := d.s
+	s.tried = slices.DeleteFunc(s.tried, func(x tried) bool { return x.rev != s.rev })
+	if len(s.tried) == maxTriedPlans {
+		s.tried = slices.Delete(s.tried, 0, 1)
+	}
+	s.tried = append(s.tried, t)
 }
 
-// replay does again what made p, when p is the last plan and nothing has changed since.
-func (s *State) replay(p *Plan, rename map[string]string) (bool, error) {
-	t := s.last
-	if t.plan != p || t.rev != s.rev || t.actions != len(p.Actions) {
-		return false, nil
+// replay does again what made p, when nothing has changed since.
+func (s *State) replay(p *Plan, rename map[string]string) bool {
+	i := slices.IndexFunc(s.tried, func(x tried) bool { return x.plan == p && x.rev == s.rev && x.actions == len(p.Actions) })
+	if i < 0 {
+		return false
 	}
+	t := s.tried[i]
 	seen := map[string]bool{}
 	for temporary := range t.booted {
 		id := named(temporary, rename)
 		if s.machines[id] != nil || seen[id] {
-			return false, nil // the slow way has the right error
+			return false // the slow way has the right error
 		}
 		seen[id] = true
 	}
@@ -63,6 +75,6 @@ func (s *State) replay(p *Plan, rename map[string]string) (bool, error) {
 	for _, x := range t.steps {
 		x.do()
 	}
-	s.last = tried{}
-	return true, nil
+	s.tried = nil
+	return true
 }

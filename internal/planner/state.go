@@ -32,7 +32,7 @@ type State struct {
 	taken      Size                    // of it, what is used
 	busy       Size                    // of it, what containers and overheads use
 	scratch    scratch
-	last       tried
+	tried      []tried
 }
 
 type host struct {
