@@ -30,7 +30,7 @@ func (s *State) Commit(p *Plan, rename map[string]string) error {
 		if a.Kind == Boot { // from now on it is like any other
 			m := s.machines[named(a.Machine, rename)]
 			s.unindexMachine(m)
-			m.fresh = false
+			m.fresh, m.Ceiling = false, a.Ceiling.max(m.Size)
 			s.indexMachine(m)
 			s.reindexHost(m.host)
 		}

@@ -122,9 +122,6 @@ func (d *decision) evictFor(f *finder, h *host, list []*container) bool {
 			Reason: Reason{Summary: o.ID + " " + why}})
 		d.remove(o)
 	}
-	for _, m := range h.machines { // growth from here on comes after the evictions
-		d.again1(m)
-	}
 	for _, m := range machines {
 		if to := m.shrunk(); to != m.Size && m.host.Capabilities.Shrink && !m.fresh {
 			from := m.Size
@@ -132,6 +129,9 @@ func (d *decision) evictFor(f *finder, h *host, list []*container) bool {
 			d.actions = append(d.actions, Action{Kind: Shrink, Machine: m.ID, Host: m.Host, From: from, To: to,
 				Reason: Reason{Summary: fmt.Sprintf("%s gives back what was evicted from it", m.ID)}})
 		}
+	}
+	for _, m := range h.machines { // growth from here on comes after the evictions
+		d.again1(m)
 	}
 	was, evict, power := d.only, d.evict, d.noPower
 	d.only, d.evict, d.noPower = h, false, true

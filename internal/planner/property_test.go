@@ -16,34 +16,41 @@ import (
 // plan an independent checker looks at every rule; what could not be placed must
 // not fit anywhere; asking twice, or a copy, gives the same plan; and every index
 // equals one built anew.
-func TestPlansKeepAllRules(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		x := &run{t: t, s: planner.New(), w: newWorld()}
-		x.losses = rapid.IntRange(0, 2).Draw(t, "losses")
-		x.ok(x.s.SetPolicy(planner.Policy{HostLosses: x.losses}))
-		for range rapid.IntRange(1, 4).Draw(t, "hosts") {
-			x.addHost()
-		}
-		t.Repeat(map[string]func(*rapid.T){
-			"host":             func(t *rapid.T) { x.t = t; x.addHost() },
-			"toggle host":      x.toggleHost,
-			"remove host":      x.removeHost,
-			"container":        x.addContainer,
-			"containers":       x.addContainers,
-			"remove container": x.removeContainer,
-			"remove machine":   x.removeMachine,
-			"volume":           x.setVolume,
-			"place one":        x.placeOne,
-			"place all":        x.placeAll,
-			"trim":             x.trim,
-			"stale":            x.stale,
-			"lose host":        x.loseHost,
-			"empty host":       x.emptyHost,
-			"rebalance":        x.rebalance,
-			"consolidate":      x.consolidate,
-			"what if":          x.whatIf,
-			"":                 x.invariants,
-		})
+func TestPlansKeepAllRules(t *testing.T) { rapid.Check(t, plansKeepAllRules) }
+
+// FuzzEvents is the same with sequences that a fuzzer makes.
+func FuzzEvents(f *testing.F) { f.Fuzz(rapid.MakeFuzz(plansKeepAllRules)) }
+
+func plansKeepAllRules(t *rapid.T) {
+	x := &run{t: t, s: planner.New(), w: newWorld()}
+	x.losses = rapid.IntRange(0, 2).Draw(t, "losses")
+	x.ok(x.s.SetPolicy(planner.Policy{HostLosses: x.losses}))
+	x.w.most = rapid.IntRange(0, 4).Draw(t, "quota of q")
+	x.ok(x.s.SetQuota("q", planner.Quota{Containers: x.w.most}))
+	x.w.limit = planner.Size{CPU: rapid.SampledFrom([]int64{0, 1000, 3000}).Draw(t, "limit of /a")}
+	x.ok(x.s.SetPool(planner.Pool{Path: "/a", Limit: x.w.limit}))
+	for range rapid.IntRange(1, 4).Draw(t, "hosts") {
+		x.addHost()
+	}
+	t.Repeat(map[string]func(*rapid.T){
+		"host":             func(t *rapid.T) { x.t = t; x.addHost() },
+		"toggle host":      x.toggleHost,
+		"remove host":      x.removeHost,
+		"container":        x.addContainer,
+		"containers":       x.addContainers,
+		"remove container": x.removeContainer,
+		"remove machine":   x.removeMachine,
+		"volume":           x.setVolume,
+		"place one":        x.placeOne,
+		"place all":        x.placeAll,
+		"trim":             x.trim,
+		"stale":            x.stale,
+		"lose host":        x.loseHost,
+		"empty host":       x.emptyHost,
+		"rebalance":        x.rebalance,
+		"consolidate":      x.consolidate,
+		"what if":          x.whatIf,
+		"":                 x.invariants,
 	})
 }
 
@@ -151,6 +158,7 @@ func (x *run) addContainer(t *rapid.T) {
 			CPU:    rapid.SampledFrom([]int64{0, 100, 500, 1000, 3000}).Draw(t, "cpu"),
 			Memory: rapid.SampledFrom([]int64{0, 32, 200, 1000, 3000}).Draw(t, "mem") * mib,
 		},
+		Pool:      rapid.SampledFrom([]string{"", "", "", "/a", "/a/b"}).Draw(t, "pool"),
 		Class:     rapid.SampledFrom([]planner.Class{planner.Latency, planner.Latency, planner.Batch}).Draw(t, "class"),
 		Stateful:  rapid.IntRange(0, 3).Draw(t, "stateful") == 0,
 		Uncovered: rapid.IntRange(0, 5).Draw(t, "uncovered") == 0,
