@@ -1,6 +1,7 @@
 package planner
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -95,7 +96,8 @@ func (s *State) placeAll(ids []string) (*Plan, error) {
 	plan := s.try(list, false)
 	if len(plan.Unplaced) > 0 && len(list) > 1 {
 		// Packing in another order may serve more of them.
-		if other := s.try(list, true); len(other.Unplaced) < len(plan.Unplaced) {
+		if other := s.try(list, true); len(other.Unplaced) < len(plan.Unplaced) ||
+			len(s.pools) > 0 && len(other.Unplaced) == len(plan.Unplaced) {
 			plan = other
 		}
 	}
@@ -156,9 +158,21 @@ func (d *decision) order(list []*container) []*container {
 		return 2
 	}
 	list = slices.Clone(list)
+	due := map[*container]float64{}
+	if d.loose && len(d.s.pools) > 0 { // not all fits: shares decide
+		ahead := map[string]float64{}
+		for _, c := range list {
+			part := max(share(c.need.CPU, d.s.total.CPU), share(c.need.Memory, d.s.total.Memory))
+			due[c] = d.s.due(c, ahead[c.Pool])
+			ahead[c.Pool] += part
+		}
+	}
 	slices.SortFunc(list, func(a, b *container) int {
 		if a.Class != b.Class {
 			return int(a.Class) - int(b.Class) // who gives way comes last
+		}
+		if x := cmp.Compare(due[a], due[b]); x != 0 {
+			return x
 		}
 		if x, y := pinned(a), pinned(b); x != y {
 			return x - y

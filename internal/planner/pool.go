@@ -181,16 +181,17 @@ func (p *pool) reserves() bool {
 	return !p.Reservation.zero() || p.parent != nil && p.parent.reserves()
 }
 
-// due says how well served a container's pools are against their shares, from the
-// top: who has least of what is his comes first when not all fits.
-func (s *State) due(c *container) float64 {
+// due says how well served a container's pools are against their shares, with what
+// stands ahead of it in its own: who has least of what is his comes first when not
+// all fits.
+func (s *State) due(c *container, ahead float64) float64 {
 	worst := 0.0
 	for p := s.pools[c.Pool]; p != nil; p = p.parent {
 		shares := p.Shares
 		if shares == 0 {
 			shares = 1000
 		}
-		part := math.Max(share(p.used.CPU, s.total.CPU), share(p.used.Memory, s.total.Memory))
+		part := math.Max(share(p.used.CPU, s.total.CPU), share(p.used.Memory, s.total.Memory)) + ahead
 		worst = math.Max(worst, part/float64(shares))
 	}
 	return worst

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"tandem/internal/planner"
@@ -456,7 +457,7 @@ func (x *run) decide(q planner.Question) *planner.Plan {
 	copied, err := x.s.Clone().Decide(q)
 	x.ok(err)
 	if !reflect.DeepEqual(p, again) || !reflect.DeepEqual(p, copied) {
-		x.t.Fatalf("same question, different plans:\n%+v\n%+v\n%+v", p, again, copied)
+		x.t.Fatalf("same question, different plans (asked again, on a copy):\n%s\n%s", cmp.Diff(p, again), cmp.Diff(p, copied))
 	}
 	return p
 }

@@ -321,6 +321,7 @@ func (s *State) SetContainer(c Container) error {
 	n.plain = len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Anti)+len(c.Near) == 0
 	n.Machine, n.Host = "", ""
 	s.containers[c.ID] = n
+	s.pool(c.Pool) // there from now on, with those above it
 	if h != nil {
 		s.place(n, h, m)
 		for slot, g := range stood { // as before, where that still holds

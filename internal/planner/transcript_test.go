@@ -128,6 +128,7 @@ func (x *script) do(line string) string {
 		if v := set["reservation"]; v != "" {
 			p.Reservation = x.size(v)
 		}
+		p.Shares = int64(x.number(set["shares"]))
 		err = x.s.SetPool(p)
 	case "quota":
 		n, e := strconv.Atoi(set["containers"])
