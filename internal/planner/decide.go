@@ -112,7 +112,7 @@ func (d *decision) back() { rollback(&d.undo, 0) }
 // try places the containers one after the other and rolls back.
 func (s *State) try(list []*container, loose bool) *Plan {
 	d := s.decision()
-	d.loose, d.asked, d.evict = loose, len(list), true
+	d.loose, d.asked, d.evict = loose, len(list), s.policy.Evict
 	defer d.back()
 	d.placeList(list)
 	return d.plan()

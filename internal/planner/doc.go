@@ -73,8 +73,8 @@
 //   - Company: at most so many of a service beside (Anti), seen from both sides, and
 //     who must be near (Near); per machine, host or zone. They hold after a loss too.
 //   - Quotas of projects; limits and reservations of pools, nested by path.
-//   - Batch containers are evicted only for a latency container that fits nowhere
-//     else.
+//   - Batch containers are evicted only where the policy says so, and for a latency
+//     container that fits nowhere else.
 //
 // # Cost (in seconds-equivalents; least wins, ties go to the lower id)
 //

@@ -15,7 +15,7 @@ func (s *State) hostLost(ids []string) (*Plan, error) {
 		return nil, err
 	}
 	d := s.decision()
-	d.relaxed, d.evict = true, true
+	d.relaxed, d.evict = true, s.policy.Evict
 	defer d.back()
 	for _, h := range hosts {
 		was := h.Down

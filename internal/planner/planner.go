@@ -76,6 +76,9 @@ type Policy struct {
 	// HostLosses is how many hosts may be lost at the same time (0, 1 or 2)
 	// with a destination that fits kept for everything that is covered.
 	HostLosses int
+	// Evict lets batch work be evicted for latency work that fits nowhere else: the
+	// caller must carry out Evict and Shrink actions in a Place plan.
+	Evict bool
 }
 
 // Pool is a share of the cluster, nested by its path: "/a/b" is inside "/a". A

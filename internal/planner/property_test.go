@@ -25,7 +25,7 @@ func FuzzEvents(f *testing.F) { f.Fuzz(rapid.MakeFuzz(plansKeepAllRules)) }
 func plansKeepAllRules(t *rapid.T) {
 	x := &run{t: t, s: planner.New(), w: newWorld()}
 	x.losses = rapid.IntRange(0, 2).Draw(t, "losses")
-	x.ok(x.s.SetPolicy(planner.Policy{HostLosses: x.losses}))
+	x.ok(x.s.SetPolicy(planner.Policy{HostLosses: x.losses, Evict: true}))
 	x.w.most = rapid.IntRange(0, 4).Draw(t, "quota of q")
 	x.ok(x.s.SetQuota("q", planner.Quota{Containers: x.w.most}))
 	x.w.limit = planner.Size{CPU: rapid.SampledFrom([]int64{0, 1000, 3000}).Draw(t, "limit of /a")}

@@ -253,6 +253,10 @@ func (s *State) SetPolicy(p Policy) error {
 		return nil
 	}
 	s.rev++
+	if p.HostLosses == s.policy.HostLosses {
+		s.policy = p
+		return nil
+	}
 	list := s.sortedContainers()
 	for _, c := range list {
 		s.release(c)

@@ -117,9 +117,7 @@ func (x *script) do(line string) string {
 	case "place":
 		return x.ask(planner.Question{Place: names}, set)
 	case "policy":
-		n, e := strconv.Atoi(set["losses"])
-		must(x.t, e)
-		err = x.s.SetPolicy(planner.Policy{HostLosses: n})
+		err = x.s.SetPolicy(planner.Policy{HostLosses: x.number(set["losses"]), Evict: set["evict"] == "yes"})
 	case "pool":
 		p := planner.Pool{Path: names[0]}
 		if v := set["limit"]; v != "" {
