@@ -286,7 +286,8 @@ func (s *State) zoneRule(c *container, h *host) miss {
 		if r.Layer != "zone" {
 			continue
 		}
-		if n := s.inZone(serviceKey{c.Project, r.Service}, h.Zone); n > r.Max {
+		k := serviceKey{c.Project, r.Service}
+		if n := s.inZone(k, h.Zone) + s.zoneShadows(k, h.Zone); n > r.Max {
 			return miss{rule: RuleAnti, detail: fmt.Sprintf("is in zone %q, which runs %d of %s; at most %d may be beside it", h.Zone, n, r.Service, r.Max)}
 		}
 	}

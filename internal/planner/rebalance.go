@@ -63,10 +63,13 @@ func (d *decision) broken() []*container {
 		if !h.takes() {
 			continue // emptying a host is another question
 		}
-		bad := !s.hostRules(c, h).ok() || h.Down
-		if c.machine != nil {
-			bad = bad || !antiRule(c, &c.machine.in, "machine").ok() || !s.nearRule(c, &c.machine.in, "", "machine").ok()
+		m, k := c.machine, d.mark()
+		d.remove(c) // it is no company of its own
+		bad := !s.hostRules(c, h).ok()
+		if m != nil {
+			bad = bad || !antiRule(c, &m.in, "machine").ok() || !s.nearRule(c, &m.in, "", "machine").ok()
 		}
+		d.reset(k)
 		if bad {
 			out = append(out, c)
 		}

@@ -110,3 +110,23 @@ func (s *State) residentRule(c *container, h *host) miss {
 	}
 	return miss{}
 }
+
+// zoneShadows counts a service's containers in other zones that stand by in this one.
+// Once a project has rules about zones no more of them come.
+func (s *State) zoneShadows(k serviceKey, zone string) int {
+	n := 0
+	if s.policy.HostLosses == 0 || k.service == "" {
+		return 0
+	}
+	for f := range s.services[k] { // a sum: order does not matter
+		if f.Zone == zone {
+			continue
+		}
+		for _, o := range f.all.members {
+			if o.service() == k && (o.standby[0] != nil && o.standby[0].Zone == zone || o.standby[1] != nil && o.standby[1].Zone == zone) {
+				n++
+			}
+		}
+	}
+	return n
+}

@@ -62,6 +62,9 @@ func (s *State) standRules(c *container, g *host) bool {
 			return false
 		}
 	}
+	if len(s.zoneAnti[c.Project]) > 0 && g.Zone != c.host.Zone {
+		return false // the company in each zone stays what it is
+	}
 	if c.Service == "" && !c.ruled() && len(c.Hosts) == 0 && len(c.Zones) == 0 {
 		return true
 	}
