@@ -203,7 +203,7 @@ func (s *State) makeRoom(h *host, need Size, undo *journal) bool {
 	if s.policy.HostLosses > 1 {
 		each = Size{limit.CPU / 2, limit.Memory / 2}
 	}
-	from := slices.DeleteFunc(s.claimants(h), func(f *host) bool { return claimed(f, h).fits(each) })
+	from := h.above(each)
 	start := len(*undo)
 	for _, f := range from {
 		if !s.lowerClaim(f, h, each, undo) {
@@ -258,7 +258,7 @@ func (s *State) shed(h *host, need Size, undo *journal) bool {
 	if s.policy.HostLosses > 1 {
 		each = Size{limit.CPU / 2, limit.Memory / 2}
 	}
-	for _, f := range s.claimants(h) {
+	for _, f := range h.above(each) {
 		for _, c := range f.all.members {
 			if claimed(f, h).fits(each) {
 				break
@@ -274,4 +274,16 @@ func (s *State) shed(h *host, need Size, undo *journal) bool {
 		}
 	}
 	return h.reserve.fits(limit)
+}
+
+// above is the hosts whose claims on h are larger than that, by id.
+func (h *host) above(size Size) []*host {
+	var from []*host
+	for i := range h.claims {
+		if !h.claims[i].size.fits(size) {
+			from = append(from, h.claims[i].from)
+		}
+	}
+	slices.SortFunc(from, func(a, b *host) int { return cmp.Compare(a.ID, b.ID) })
+	return from
 }
