@@ -1,0 +1,283 @@
+package simulate
+
+import (
+	"cmp"
+	"slices"
+)
+
+// cover answers whether the loss of any one host could be survived: whether all
+// containers that are on it fit on the other hosts at once, by starting its
+// machines again, or by placing containers again in free slots of running machines
+// of the same group or in new machines in the free part of a host. It knows
+// nothing of the policy and takes no promise from it: it tries. The answer is a
+// function of the state alone, so that a stranger gets the same.
+//
+// The search is first fit decreasing, so a "no" may be wrong and a "yes" never is.
+type cover struct {
+	resizable bool
+
+	hosts  fit
+	hostAt []*Host
+	groups map[string]*slots
+	order  []*Container
+	opened []opened
+	undo   []func()
+	last   string // host that failed the last look: asked first
+}
+
+// slots are the running machines of a group.
+type slots struct {
+	fit fit
+	at  []*Machine // in the order of booting
+}
+
+// opened is a machine that the attempt has booted.
+type opened struct {
+	group string
+	host  int
+}
+
+// survives looks at the loss of each host.
+func (k *cover) survives(hosts []*Host, overhead Size) bool {
+	k.prepare(hosts)
+	if len(k.last) > 0 {
+		for _, h := range hosts {
+			if h.ID == k.last && !k.without(h, overhead) {
+				return false
+			}
+		}
+	}
+	for _, h := range hosts {
+		if !k.without(h, overhead) {
+			k.last = h.ID
+			return false
+		}
+	}
+	return true
+}
+
+// prepare notes who is free where.
+func (k *cover) prepare(hosts []*Host) {
+	k.hostAt = hosts
+	k.groups = nil
+	k.hosts.reset(len(hosts))
+	for i, h := range hosts {
+		free := Size{-1, -1}
+		if h.Up {
+			free = h.Free()
+		}
+		k.hosts.init(i, free)
+	}
+	k.hosts.build()
+}
+
+func (k *cover) prepareGroups() {
+	if k.groups != nil {
+		return
+	}
+	k.groups = map[string]*slots{}
+	for _, h := range k.hostAt {
+		if !h.Up {
+			continue
+		}
+		for _, m := range h.Machines {
+			if m.Own {
+				continue
+			}
+			g := k.groups[m.Project]
+			if g == nil {
+				g = &slots{}
+				k.groups[m.Project] = g
+			}
+			if m.Up && m.target == nil {
+				g.at = append(g.at, m)
+			}
+		}
+	}
+	for _, g := range k.groups {
+		slices.SortFunc(g.at, func(a, b *Machine) int { return cmp.Compare(a.seq, b.seq) })
+		g.fit.reset(len(g.at))
+		for i, m := range g.at {
+			free := m.Free()
+			g.fit.init(i, Size{min(free.CPU, m.Live.CPU-m.Used.CPU), min(free.Memory, m.Live.Memory-m.Used.Memory)})
+		}
+		g.fit.build()
+	}
+}
+
+// without says whether what is on h fits elsewhere.
+func (k *cover) without(h *Host, overhead Size) bool {
+	if !slices.ContainsFunc(h.Machines, func(m *Machine) bool { return len(m.Containers) > 0 }) {
+		return true
+	}
+	self := h.pos
+	k.set(&k.hosts, self, Size{-1, -1})
+	defer k.rollback()
+	if k.hosts.first(h.Used) >= 0 {
+		return true // all its machines as they are, on one other host
+	}
+	if k.machines(h) {
+		return true
+	}
+	k.rollback()
+	k.prepareGroups()
+	k.set(&k.hosts, self, Size{-1, -1})
+	return k.containers(h, overhead)
+}
+
+// machines tries to start h's machines again as they are.
+func (k *cover) machines(h *Host) bool {
+	list := slices.Clone(h.Machines)
+	slices.SortFunc(list, func(a, b *Machine) int {
+		return cmp.Or(cmp.Compare(b.Size.share(h.Size), a.Size.share(h.Size)), cmp.Compare(a.ID, b.ID))
+	})
+	for _, m := range list {
+		if len(m.Containers) == 0 {
+			continue
+		}
+		i := k.hosts.first(m.Size)
+		if i < 0 {
+			return false
+		}
+		k.take(&k.hosts, i, m.Size)
+	}
+	return true
+}
+
+// containers tries to place h's containers again, the large ones first.
+func (k *cover) containers(h *Host, overhead Size) bool {
+	k.order, k.opened = k.order[:0], k.opened[:0]
+	for _, m := range h.Machines {
+		k.order = append(k.order, m.Containers...)
+		if g := k.groups[m.Project]; g != nil && !m.Own {
+			for i, o := range g.at {
+				if o == m {
+					k.set(&g.fit, i, Size{-1, -1})
+				}
+			}
+		}
+	}
+	slices.SortFunc(k.order, func(a, b *Container) int {
+		return cmp.Or(cmp.Compare(b.Need.share(h.Size), a.Need.share(h.Size)), cmp.Compare(a.ID, b.ID))
+	})
+	for _, c := range k.order {
+		if !k.place(c, overhead) {
+			return false
+		}
+	}
+	return true
+}
+
+// place finds a free slot, room in a machine that the attempt booted, room beside
+// a machine of the group that can grow, or room for a new machine.
+func (k *cover) place(c *Container, overhead Size) bool {
+	group := c.Machine.Project
+	own := c.Machine.Own
+	g := k.groups[group]
+	if g != nil && !own {
+		if i := g.fit.first(c.Need); i >= 0 {
+			k.take(&g.fit, i, c.Need)
+			return true
+		}
+		for _, o := range k.opened {
+			if o.group == group && c.Need.fits(k.hosts.at(o.host)) {
+				k.take(&k.hosts, o.host, c.Need)
+				return true
+			}
+		}
+	}
+	i := k.hosts.first(c.Need.add(overhead))
+	if i < 0 {
+		return !own && k.resizable && g != nil && k.grow(c, g)
+	}
+	k.take(&k.hosts, i, c.Need.add(overhead))
+	if !own {
+		k.opened = append(k.opened, opened{group, i})
+	}
+	return true
+}
+
+// grow finds a running machine of the group whose host has room for c.
+func (k *cover) grow(c *Container, g *slots) bool {
+	for _, m := range g.at {
+		if c.Need.fits(k.hosts.at(m.Host.pos)) {
+			k.take(&k.hosts, m.Host.pos, c.Need)
+			return true
+		}
+	}
+	return false
+}
+
+func (k *cover) take(f *fit, i int, s Size) { k.set(f, i, f.at(i).sub(s)) }
+
+func (k *cover) set(f *fit, i int, s Size) {
+	was := f.at(i)
+	f.set(i, s)
+	k.undo = append(k.undo, func() { f.set(i, was) })
+}
+
+func (k *cover) rollback() {
+	for i := len(k.undo) - 1; i >= 0; i-- {
+		k.undo[i]()
+	}
+	k.undo = k.undo[:0]
+}
+
+// fit finds the first of a row of sizes with room for another: a tree of maxima.
+type fit struct {
+	n, base int
+	tree    []Size
+}
+
+func (f *fit) reset(n int) {
+	f.n, f.base = n, 1
+	for f.base < n {
+		f.base *= 2
+	}
+	if cap(f.tree) < 2*f.base {
+		f.tree = make([]Size, 2*f.base)
+	}
+	f.tree = f.tree[:2*f.base]
+	for i := range f.tree {
+		f.tree[i] = Size{-1, -1}
+	}
+}
+
+func (f *fit) init(i int, s Size) { f.tree[f.base+i] = s }
+
+func (f *fit) build() {
+	for i := f.base - 1; i > 0; i-- {
+		f.tree[i] = f.tree[2*i].max(f.tree[2*i+1])
+	}
+}
+
+func (f *fit) at(i int) Size { return f.tree[f.base+i] }
+
+func (f *fit) set(i int, s Size) {
+	i += f.base
+	f.tree[i] = s
+	for i /= 2; i > 0; i /= 2 {
+		f.tree[i] = f.tree[2*i].max(f.tree[2*i+1])
+	}
+}
+
+// first is the lowest index with room for s, or -1.
+func (f *fit) first(s Size) int {
+	if f.n == 0 {
+		return -1
+	}
+	return f.find(1, s)
+}
+
+func (f *fit) find(i int, s Size) int {
+	if !s.fits(f.tree[i]) {
+		return -1
+	}
+	if i >= f.base {
+		return i - f.base
+	}
+	if j := f.find(2*i, s); j >= 0 {
+		return j
+	}
+	return f.find(2*i+1, s)
+}
