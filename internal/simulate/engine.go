@@ -133,6 +133,7 @@ type engine struct {
 	trace  *Trace
 	next   int // request
 	steps  int
+	other  time.Duration // of calls without a decision, not told yet
 }
 
 // peek is the time of the next event.
@@ -173,7 +174,7 @@ func (e *engine) run(ctx context.Context) (Report, error) {
 	}
 	m.advance(e.World, m.end+1)
 	r := m.report()
-	e.log.line(Line{What: "end", At: m.end, Report: &r})
+	e.log.line(Line{What: "end", At: max(e.now, m.end), Report: &r, Other: float64(e.other.Nanoseconds()) / 1000})
 	return r, e.log.failed()
 }
 
@@ -277,7 +278,14 @@ func (e *engine) ask(v Event) {
 	if e.o.Stopwatch != nil {
 		took = e.o.Stopwatch() - before
 	}
-	if e.meter.decided(n, took) {
-		e.log.line(Line{What: "decided", Containers: n, Micros: float64(took.Nanoseconds()) / 1000})
+	if !e.meter.decided(n, took) {
+		return
 	}
+	us := float64(took.Nanoseconds()) / 1000
+	if n == 0 {
+		e.other += took // told with the next line
+		return
+	}
+	e.log.line(Line{What: "decided", Containers: n, Micros: us, Other: float64(e.other.Nanoseconds()) / 1000})
+	e.other = 0
 }

@@ -25,6 +25,7 @@ const (
 type kube struct {
 	name   string
 	shapes []Size // of the nodes' VMs, the preferred first
+	large  Size   // for a pod that no shape holds
 	spread bool
 	groups map[string]*kubeGroup
 	order  []*kubeGroup // by first use
@@ -49,8 +50,8 @@ type node struct {
 	promised Size // to pods that wait for it to be ready
 }
 
-func newKube(name string, spread bool, shapes ...Size) *kube {
-	return &kube{name: name, shapes: shapes, spread: spread, groups: map[string]*kubeGroup{}, nodes: map[*Machine]*node{}}
+func newKube(name string, spread bool, large Size, shapes ...Size) *kube {
+	return &kube{name: name, shapes: shapes, large: large, spread: spread, groups: map[string]*kubeGroup{}, nodes: map[*Machine]*node{}}
 }
 
 // Name is the policy's key.
@@ -116,11 +117,16 @@ func (k *kube) arrive(w *World, c *Container) {
 	g := k.group(w.Group(c))
 	if n := k.pick(g, c, nil); n != nil {
 		k.bind(w, g, c, n)
-	} else if !slices.ContainsFunc(k.shapes, func(s Size) bool { return c.Need.add(w.Overhead).fits(s) }) {
+	} else if !c.Need.add(w.Overhead).fits(k.large) && !k.shaped(w, c) {
 		w.Refuse(c, "larger than any node")
 	} else {
 		g.pending = append(g.pending, c)
 	}
+}
+
+// shaped says whether one of the shapes holds c.
+func (k *kube) shaped(w *World, c *Container) bool {
+	return slices.ContainsFunc(k.shapes, func(s Size) bool { return c.Need.add(w.Overhead).fits(s) })
 }
 
 func (k *kube) bind(w *World, g *kubeGroup, c *Container, n *node) {
@@ -270,7 +276,11 @@ func (g *kubeGroup) promiseAll(pods []*Container, nodes []*node) []*Container {
 func (k *kube) expand(w *World, pods []*Container) (Size, int) {
 	var best Size
 	count, least := 0, 0.0
-	for _, s := range k.shapes {
+	shapes := k.shapes
+	if !k.shaped(w, pods[0]) {
+		shapes = []Size{k.large}
+	}
+	for _, s := range shapes {
 		room := s.sub(w.Overhead)
 		if !pods[0].Need.fits(room) || !w.hostable(s) {
 			continue

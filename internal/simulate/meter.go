@@ -134,18 +134,28 @@ func (m *meter) report() Report {
 	if m.took > 0 {
 		r.DecisionsPerS = math.Round(float64(m.decisions)/m.took.Seconds()*10) / 10
 	}
-	slices.Sort(m.waits)
+	waits(&r, m.waits)
+	r.DecisionP99 = p99(m.durations)
+	return r
+}
+
+// waits fills in what r says of waiting times; it sorts the list.
+func waits(r *Report, list []Time) {
+	slices.Sort(list)
 	var sum Time
-	for _, t := range m.waits {
+	for _, t := range list {
 		sum += t
 	}
-	if n := len(m.waits); n > 0 {
+	if n := len(list); n > 0 {
 		r.WaitMean = tidy(sum.Seconds() / float64(n))
 	}
-	r.WaitP50, r.WaitP99 = rank(m.waits, 0.5).Seconds(), rank(m.waits, 0.99).Seconds()
-	slices.Sort(m.durations)
-	r.DecisionP99 = tidy(float64(rank(m.durations, 0.99).Nanoseconds()) / 1000)
-	return r
+	r.WaitP50, r.WaitP99 = rank(list, 0.5).Seconds(), rank(list, 0.99).Seconds()
+}
+
+// p99 is in microseconds; it sorts the list.
+func p99(list []time.Duration) float64 {
+	slices.Sort(list)
+	return tidy(float64(rank(list, 0.99).Nanoseconds()) / 1000)
 }
 
 // rank is the nearest-rank quantile of a sorted list; 0 of an empty one.

@@ -13,7 +13,7 @@ import (
 //
 //	run              what is replayed; Run is set
 //	arrive           Container with its needs asks for a place
-//	decided          the policy decided about Containers, in Micros (0 with none: it did something else)
+//	decided          the policy decided about Containers, in Micros; since the line before it took Other
 //	place            Container is given Machine
 //	start            it runs there from now on; its life counts from its first start
 //	depart           its life is over
@@ -52,6 +52,7 @@ type Line struct {
 	Why        string   `json:"why,omitempty"`
 	Containers int      `json:"containers,omitempty"`
 	Micros     float64  `json:"us,omitempty"`
+	Other      float64  `json:"other_us,omitempty"`
 	Run        *RunLine `json:"run,omitempty"`
 	Report     *Report  `json:"report,omitempty"`
 }

@@ -57,6 +57,8 @@ type Container struct {
 	from     *Machine
 	down     bool     // ran, was lost with its host, and does not run again yet
 	lostFrom *Machine // it was in, when the host failed
+	lost     bool     // its host failed (when checking a transcript)
+	began    Time     // first start (when checking a transcript)
 	queued   bool     // waits for Machine to be ready
 	pos      int
 }
