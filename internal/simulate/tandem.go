@@ -1,6 +1,8 @@
 package simulate
 
 import (
+	"errors"
+	"fmt"
 	"slices"
 
 	"tandem/internal/planner"
@@ -19,22 +21,27 @@ const (
 // that they take. What is under way (a container that starts elsewhere before it
 // stops here, a machine that migrates) is kept from new plans until it is done.
 type tandem struct {
-	s        *planner.State
-	o        *Options
-	machines map[string]*Machine // by the planner's name
-	names    map[*Machine]string
-	all      map[string]*Container
-	known    map[string]Offer // hosts that the planner knows to be off
-	pending  []string         // containers without a place, in the order of asking
-	busy     []*Machine       // sources of moves under way
-	empty    map[string]Time  // machines, since when
-	credit   float64          // moves that the budget allows now
-	losing   []*Container     // of the host that has just failed
+	s         *planner.State
+	o         *Options
+	machines  map[string]*Machine // by the planner's name
+	names     map[*Machine]string
+	all       map[string]*Container
+	known     map[string]Offer // hosts that the planner knows to be off
+	pending   []string         // containers without a place, in the order of asking
+	busy      []*Machine       // sources of moves under way
+	empty     map[string]Time  // machines, since when
+	measuring bool
+	booted    int
+	credit    float64      // moves that the budget allows now
+	losing    []*Container // of the host that has just failed
 }
 
 func newTandem(o *Options) *tandem {
 	t := &tandem{s: planner.New(), o: o, machines: map[string]*Machine{}, names: map[*Machine]string{}, all: map[string]*Container{},
 		known: map[string]Offer{}, empty: map[string]Time{}}
+	if err := t.s.SetPolicy(planner.Policy{HostLosses: o.HA}); err != nil {
+		panic(broken{err})
+	}
 	return t
 }
 
@@ -46,6 +53,9 @@ func (t *tandem) Handle(w *World, e Event) int {
 	decided := 0
 	switch e.Kind {
 	case Arrived:
+		if w.Measuring() && !t.measuring {
+			t.measuring, t.credit = true, 0 // what the warm-up saved up is not spent later
+		}
 		t.credit = min(t.credit+t.o.Budget/1000, maxCredit)
 		decided = t.arrive(w, e.Container)
 		w.Wake((w.Now()/tandemScan + 1) * tandemScan)
@@ -130,7 +140,11 @@ func (t *tandem) place(w *World, ids []string) int {
 	t.offer(w)
 	plan, err := t.s.Decide(planner.Question{Place: ids})
 	t.must(w, err, "a question")
-	t.carryOut(w, plan)
+	if !t.carryOut(w, plan) {
+		plan, err = t.s.Decide(planner.Question{Place: ids}) // once more
+		t.must(w, err, "a question")
+		w.must(t.carryOut(w, plan), "the planner refuses its own plan for %v, made a moment ago", ids)
+	}
 	for _, u := range plan.Unplaced {
 		if !slices.Contains(t.pending, u.Container) {
 			t.pending = append(t.pending, u.Container)
@@ -185,15 +199,8 @@ func (t *tandem) consolidate(w *World) {
 	if t.o.Budget < 0 {
 		moves = -1
 	}
-	plan, err := t.s.Decide(planner.Question{Consolidate: &planner.Consolidate{Budget: planner.Budget{Containers: moves}, Hosts: 1, PowerOff: true}})
-	if err != nil { // a planner that does not fold: what is empty is switched off
-		plan = &planner.Plan{}
-		for _, h := range w.Hosts() {
-			if len(h.Machines) == 0 && h.arriving == 0 {
-				plan.Actions = append(plan.Actions, planner.Action{Kind: planner.PowerOff, Host: h.ID})
-			}
-		}
-	}
+	plan, err := t.s.Decide(planner.Question{Consolidate: &planner.Consolidate{Budget: planner.Budget{Containers: moves, Bytes: -1}, Hosts: 1, PowerOff: true}})
+	t.must(w, err, "a question")
 	if t.feasible(plan) {
 		t.carryOut(w, plan)
 	}
@@ -255,6 +262,7 @@ func (t *tandem) settle(w *World) {
 	if len(t.busy) == 0 {
 		return
 	}
+	var idle []string
 	t.busy = slices.DeleteFunc(t.busy, func(m *Machine) bool {
 		if m.Gone {
 			return true
@@ -263,9 +271,16 @@ func (t *tandem) settle(w *World) {
 			return false
 		}
 		t.must(w, t.s.SetMachine(t.record(w, m)), "machine "+m.ID)
-		t.noteEmpty(w, m)
+		if t.noteEmpty(w, m); len(m.Containers) == 0 {
+			idle = append(idle, t.names[m])
+		}
 		return true
 	})
+	if len(idle) > 0 { // they were emptied to be stopped
+		plan, err := t.s.Decide(planner.Question{Trim: &planner.Trim{Idle: idle}})
+		t.must(w, err, "a question")
+		t.carryOut(w, plan)
+	}
 }
 
 // moved ends a migration: what was kept from the planner meanwhile is freed.
@@ -293,15 +308,6 @@ func (t *tandem) record(w *World, m *Machine) planner.Machine {
 	return r
 }
 
-// on switches a host on that a plan uses.
-func (t *tandem) on(w *World, id string) {
-	if o, ok := t.known[id]; ok {
-		delete(t.known, id)
-		w.Accept(o)
-		t.must(w, t.s.SetHost(t.host(w, o.ID, o.Zone, o.Size, false)), "host "+id)
-	}
-}
-
 func (t *tandem) find(w *World, id string) *Host {
 	for _, h := range w.Hosts() {
 		if h.ID == id {
@@ -323,23 +329,42 @@ func (t *tandem) machine(w *World, id string, rename map[string]string) *Machine
 	return m
 }
 
-// carryOut does a plan's actions, and commits what was done. Shrinking, stopping
-// and switching off have to wait where something is still leaving: they are asked
-// for again.
-func (t *tandem) carryOut(w *World, p *planner.Plan) {
+// carryOut commits a plan and does its actions. Shrinking and stopping where
+// something is still leaving has to wait: it is asked for again. It says whether
+// the plan was taken.
+func (t *tandem) carryOut(w *World, p *planner.Plan) bool {
 	if len(p.Actions) == 0 {
-		return
+		return true
 	}
 	rename := map[string]string{}
-	done := planner.Plan{Revision: p.Revision}
-	var stopped []string
+	sources := map[string]bool{}
+	plan := planner.Plan{Revision: p.Revision}
 	for i := range p.Actions {
-		t.on(w, p.Actions[i].Host)
-		if t.act(w, &p.Actions[i], rename, &stopped) {
-			done.Actions = append(done.Actions, p.Actions[i])
+		a := &p.Actions[i]
+		switch a.Kind {
+		case planner.Boot:
+			t.booted++
+			rename[a.Machine] = fmt.Sprintf("m-%06d", t.booted)
+		case planner.Move:
+			sources[a.FromMachine] = true
+		case planner.Shrink, planner.Stop:
+			if m := t.machines[a.Machine]; sources[a.Machine] || m != nil && (m.leaving > 0 || m.target != nil) {
+				continue
+			}
+		case planner.PowerOff:
+			continue // see powerOff
 		}
+		plan.Actions = append(plan.Actions, *a)
 	}
-	t.must(w, t.s.Commit(&done, rename), "its own plan")
+	if err := t.s.Commit(&plan, rename); errors.Is(err, planner.ErrStale) {
+		return false
+	} else if err != nil {
+		t.must(w, err, "its own plan")
+	}
+	var stopped []string
+	for i := range plan.Actions {
+		t.act(w, &plan.Actions[i], rename, &stopped)
+	}
 	for _, id := range stopped {
 		m := t.machines[id]
 		delete(t.machines, id)
@@ -351,6 +376,7 @@ func (t *tandem) carryOut(w *World, p *planner.Plan) {
 		t.must(w, t.s.SetMachine(t.record(w, m)), "machine "+m.ID)
 	}
 	t.powerOff(w, p)
+	return true
 }
 
 // powerOff does what carryOut put off until the stopped machines were gone.
@@ -372,27 +398,21 @@ func (t *tandem) powerOff(w *World, p *planner.Plan) {
 	}
 }
 
-// act does one action, and says whether it is to be committed.
-func (t *tandem) act(w *World, a *planner.Action, rename map[string]string, stopped *[]string) bool {
+// act does one action that is committed.
+func (t *tandem) act(w *World, a *planner.Action, rename map[string]string, stopped *[]string) {
 	switch a.Kind {
 	case planner.PowerOn:
 		t.find(w, a.Host)
-	case planner.PowerOff:
-		return false // see powerOff
 	case planner.Boot:
 		group := a.Project
 		if w.Isolation == IsolationShared {
 			group = ""
 		}
 		m := w.Boot(t.find(w, a.Host), group, a.Isolation == planner.Own, Size(a.To))
-		rename[a.Machine] = m.ID
-		t.machines[m.ID], t.names[m] = m, m.ID
+		id := rename[a.Machine]
+		t.machines[id], t.names[m] = m, id
 	case planner.Grow, planner.Shrink:
-		m := t.machine(w, a.Machine, rename)
-		if a.Kind == planner.Shrink && (m.leaving > 0 || m.target != nil) {
-			return false
-		}
-		w.Resize(m, Size(a.To))
+		w.Resize(t.machine(w, a.Machine, rename), Size(a.To))
 	case planner.Place:
 		m := t.machine(w, a.Machine, rename)
 		w.Place(t.all[a.Container], m)
@@ -401,13 +421,15 @@ func (t *tandem) act(w *World, a *planner.Action, rename map[string]string, stop
 		c, to := t.all[a.Container], t.machine(w, a.Machine, rename)
 		from := c.Machine
 		w.Move(c, to)
+		t.credit--
 		t.noteEmpty(w, to)
-		if from.leaving > 0 && !slices.Contains(t.busy, from) {
+		if !slices.Contains(t.busy, from) {
 			t.busy = append(t.busy, from)
 		}
 		t.noteEmpty(w, from)
 	case planner.Migrate:
 		m := t.machine(w, a.Machine, rename)
+		t.credit -= float64(len(m.Containers))
 		w.Migrate(m, t.find(w, a.Host))
 		t.busy = append(t.busy, m)
 		h := t.host(w, m.Host.ID, m.Host.Zone, m.Host.Size, false)
@@ -420,15 +442,11 @@ func (t *tandem) act(w *World, a *planner.Action, rename map[string]string, stop
 		t.pending = append(t.pending, a.Container)
 	case planner.Stop:
 		m := t.machine(w, a.Machine, rename)
-		if m.leaving > 0 || len(m.Containers) > 0 || m.target != nil {
-			return false
-		}
 		w.Stop(m)
 		*stopped = append(*stopped, t.names[m])
 	default:
 		w.must(false, "the planner answers with an action %q that the simulator does not know", a.Kind)
 	}
-	return true
 }
 
 // restart starts a machine of a failed host again, with all that was in it. The

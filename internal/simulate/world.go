@@ -176,6 +176,9 @@ func (w *World) must(ok bool, format string, a ...any) {
 // Now is the simulated time.
 func (w *World) Now() Time { return w.now }
 
+// Measuring says whether the warm-up is over.
+func (w *World) Measuring() bool { return w.now >= w.meter.warmup }
+
 // Hosts are those switched on, in the order of that. The caller must not change
 // the list, nor keep it beyond its next act.
 func (w *World) Hosts() []*Host { return w.hosts }
