@@ -212,7 +212,7 @@ func (k *checker) finish(l *Line) error {
 	bound := lowerBound(&k.trace, k.pools, k.overhead, k.warmup, k.end)
 	r.LowerBound = tidy(bound.hours())
 	if bound > 0 {
-		r.HostHoursRatio = tidy(r.HostHours / r.LowerBound)
+		r.HostHoursRatio = tidy(s.hostMS / float64(bound))
 	}
 	r.Rejected = s.arrivals - len(s.waits)
 	for _, c := range k.containers {

@@ -197,6 +197,9 @@ func (k *checker) hostLine(l *Line) error {
 	}
 	switch l.What {
 	case "host-up":
+		if h.Up {
+			return fmt.Errorf("host %s comes up, but is up already", h.ID)
+		}
 		h.Up = true
 	case "host-off":
 		if len(h.Machines) > 0 || h.arriving > 0 {
@@ -252,8 +255,8 @@ func (k *checker) machineLine(l *Line) error {
 	to := Size{l.CPU, l.Memory}
 	switch l.What {
 	case "booted":
-		if !m.Host.Up {
-			return fmt.Errorf("%s has booted, but its host is not up", m.ID)
+		if !m.Host.Up || m.Up {
+			return fmt.Errorf("%s has booted, but its host is not up, or it is up already", m.ID)
 		}
 		m.Up, m.Live = true, m.Size
 	case "grow", "shrink":

@@ -60,6 +60,15 @@ func (k *kube) Name() string { return k.name }
 // Times are those of a VM that boots and joins; it can't grow.
 func (k *kube) Times(o *Options) (time.Duration, bool) { return o.BaselineBoot, false }
 
+// Isolates says that pods share nodes: with isolation own as well, as Kubernetes
+// has no node for a pod alone.
+func (k *kube) Isolates(o *Options) string {
+	if o.Isolation == IsolationOwn {
+		return IsolationProject
+	}
+	return o.Isolation
+}
+
 // Handle schedules at once and scales at each scan.
 func (k *kube) Handle(w *World, e Event) int {
 	switch e.Kind {
@@ -73,6 +82,10 @@ func (k *kube) Handle(w *World, e Event) int {
 			g := k.groups[e.Machine.Project]
 			g.count(e.Container, n, -1)
 			k.freed(w, g, n)
+		} else { // it waited
+			g := k.group(w.Group(e.Container))
+			g.unpromise(e.Container)
+			g.pending = slices.DeleteFunc(g.pending, func(c *Container) bool { return c == e.Container })
 		}
 	case Booted:
 		k.freed(w, k.groups[e.Machine.Project], k.nodes[e.Machine])
@@ -270,21 +283,18 @@ func (g *kubeGroup) promiseAll(pods []*Container, nodes []*node) []*Container {
 	})
 }
 
-// expand chooses the shape of the next nodes and their number: of those that hold
-// the largest pod the one that wastes least (the least-waste expander), the
-// preferred when equal.
+// expand chooses the shape of the next nodes and their number, as the least-waste
+// expander does: of the shapes that hold any of the pods the one whose nodes, packed
+// with all that it holds, are fullest; the preferred when equal. The large shape is
+// for what no other holds.
 func (k *kube) expand(w *World, pods []*Container) (Size, int) {
 	var best Size
 	count, least := 0, 0.0
-	shapes := k.shapes
-	if !k.shaped(w, pods[0]) {
-		shapes = []Size{k.large}
-	}
-	for _, s := range shapes {
-		room := s.sub(w.Overhead)
-		if !pods[0].Need.fits(room) || !w.hostable(s) {
+	for _, s := range append(slices.Clone(k.shapes), k.large) {
+		if count > 0 && s == k.large && !slices.Contains(k.shapes, s) || !w.hostable(s) {
 			continue
 		}
+		room := s.sub(w.Overhead)
 		var bins []Size
 		var packed Size
 		for _, c := range pods {
@@ -295,6 +305,9 @@ func (k *kube) expand(w *World, pods []*Container) (Size, int) {
 				bins = append(bins, room.sub(c.Need))
 			}
 			packed = packed.add(c.Need)
+		}
+		if len(bins) == 0 {
+			continue
 		}
 		whole := Size{room.CPU * int64(len(bins)), room.Memory * int64(len(bins))}
 		waste := 1 - (part(packed.CPU, whole.CPU)+part(packed.Memory, whole.Memory))/2

@@ -126,7 +126,7 @@ func (m *meter) report() Report {
 		measuredSeconds: (m.end - m.warmup).Seconds(),
 	}
 	if m.bound > 0 {
-		r.HostHoursRatio = tidy(r.HostHours / r.LowerBound)
+		r.HostHoursRatio = tidy(float64(m.hostTime) / float64(m.bound))
 	}
 	if m.looks > 0 {
 		r.HACoveredShare = tidy(float64(m.covered) / float64(m.looks))

@@ -180,6 +180,9 @@ type timed interface {
 	Times(o *Options) (boot time.Duration, resizable bool)
 }
 
+// isolating is a policy that can't share machines as the options say.
+type isolating interface{ Isolates(o *Options) string }
+
 func newWorld(o *Options, t *Trace, p Policy, log *transcript) *World {
 	boot, resizable := o.Boot, true
 	if x, ok := p.(timed); ok {
@@ -188,8 +191,8 @@ func newWorld(o *Options, t *Trace, p Policy, log *transcript) *World {
 	end := t.End()
 	w := &World{Overhead: o.Overhead, Isolation: o.Isolation, Resizable: resizable, boot: At(boot), grow: At(o.Grow), hostBoot: At(o.HostBoot),
 		migrateRate: o.MigrateRate, log: log, wake: -1}
-	if x, ok := p.(interface{ Isolates() string }); ok {
-		w.Isolation = x.Isolates()
+	if x, ok := p.(isolating); ok {
+		w.Isolation = x.Isolates(o)
 	}
 	run := &RunLine{Trace: t.Name, Policy: p.Name(), Isolation: w.Isolation, Resizable: resizable, OverheadCPU: o.Overhead.CPU, OverheadBytes: o.Overhead.Memory,
 		BootS: w.boot.Seconds(), GrowS: w.grow.Seconds(), HostBootS: w.hostBoot.Seconds(), WarmupS: o.Warmup.Seconds(), EndS: end.Seconds(), HAEveryS: max(0, o.HAEvery.Seconds())}

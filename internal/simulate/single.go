@@ -19,7 +19,7 @@ func (*single) Name() string { return "vm-per-container" }
 func (*single) Times(o *Options) (time.Duration, bool) { return o.BaselineBoot, false }
 
 // Isolates says that nobody shares a machine.
-func (*single) Isolates() string { return IsolationOwn }
+func (*single) Isolates(*Options) string { return IsolationOwn }
 
 // Handle places at once, or as soon as something leaves.
 func (s *single) Handle(w *World, e Event) int {

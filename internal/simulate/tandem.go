@@ -81,6 +81,7 @@ func (t *tandem) Handle(w *World, e Event) int {
 	case Tick:
 		t.settle(w)
 		t.trim(w)
+		decided = t.retry(w)
 		t.consolidate(w)
 		w.Wake(w.Now() + tandemScan)
 	}
@@ -141,16 +142,22 @@ func (t *tandem) place(w *World, ids []string) int {
 	plan, err := t.s.Decide(planner.Question{Place: ids})
 	t.must(w, err, "a question")
 	if !t.carryOut(w, plan) {
-		plan, err = t.s.Decide(planner.Question{Place: ids}) // once more
-		t.must(w, err, "a question")
-		w.must(t.carryOut(w, plan), "the planner refuses its own plan for %v, made a moment ago", ids)
+		t.wait(ids...) // asked for again at the next scan
+		return len(ids)
 	}
 	for _, u := range plan.Unplaced {
-		if !slices.Contains(t.pending, u.Container) {
-			t.pending = append(t.pending, u.Container)
-		}
+		t.wait(u.Container)
 	}
 	return len(ids)
+}
+
+// wait remembers containers without a place.
+func (t *tandem) wait(ids ...string) {
+	for _, id := range ids {
+		if !slices.Contains(t.pending, id) {
+			t.pending = append(t.pending, id)
+		}
+	}
 }
 
 // retry asks again for what has no place.
