@@ -163,7 +163,7 @@ func (e *engine) run(ctx context.Context) (Report, error) {
 		if err := e.step(); err != nil {
 			return Report{}, err
 		}
-		if e.steps++; e.steps&1023 == 0 {
+		if e.steps++; e.steps&1023 == 1 {
 			if err := ctx.Err(); err != nil {
 				return Report{}, err
 			}
