@@ -53,7 +53,7 @@ Policies: ` + policyList(),
 	fs.StringVar(&f.informat, "format-in", simulate.FormatAuto, "format of the trace: auto, tandem, azure2017 or openb")
 	fs.StringArrayVar(&f.hosts, "hosts", []string{"96c,256g*auto"}, "hosts and how many: 96c,256g*auto, or *12; may be given several times")
 	fs.StringVar(&f.hostsFile, "hosts-file", "", "CSV of hosts instead: id,cpu_milli,mem_mib[,zone], or the openb node list")
-	fs.IntVar(&f.projects, "projects", 0, "give the trace's services to so many projects, by a Zipf law with s=1")
+	fs.IntVar(&f.projects, "projects", 0, "give the services (azure2017: batches) to so many projects, by a Zipf law with s=1")
 	fs.StringVar(&f.o.Isolation, "isolation", simulate.IsolationProject, "who shares a machine: project, shared or own")
 	fs.StringVar(&f.overhead, "overhead", "0.1c,0.25g", "of each machine: guest kernel, agent and VMM")
 	fs.IntVar(&f.o.HA, "ha", 1, "host losses that Tandem guarantees to survive: 0, 1 or 2")

@@ -87,7 +87,6 @@ type sums struct {
 	hostMS, machineMS       float64
 	peakHosts, peakMachines int
 	looks, covered          float64
-	next                    Time // look
 	moves, migrations       int
 	bytes                   int64
 	arrivals                int
@@ -156,7 +155,6 @@ func (k *checker) begin(l *Line) error {
 	}
 	k.run, k.overhead = r, Size{r.OverheadCPU, r.OverheadBytes}
 	k.warmup, k.end = seconds(r.WarmupS), seconds(r.EndS)
-	k.sums.next = k.warmup
 	k.cover.resizable = r.Resizable
 	return nil
 }
@@ -178,9 +176,7 @@ func (k *checker) pass(at Time) {
 	if every == 0 {
 		weight = float64(to - from)
 	} else {
-		for ; s.next < to; s.next += every {
-			weight++
-		}
+		weight = float64((to-k.warmup+every-1)/every - (from-k.warmup+every-1)/every)
 	}
 	if weight == 0 {
 		return

@@ -10,8 +10,8 @@ import (
 )
 
 // azureRow reads a line of azure2017_dev.csv (AzurePublicDataset V1, CC-BY 4.0).
-// A batch is one customer's: it becomes the service, and Trace.Zipf makes projects
-// of batches. Lives that were cut at the end of the observation (censored) count as
+// A batch is one customer's, which says nothing about replicas: it is no service,
+// but Trace.Zipf makes projects of batches. Lives that were cut at the end of the observation (censored) count as
 // they are written.
 func azureRow(get func(string) string) (Request, error) {
 	q, err := commonRow(get, "id", "arrive_s", "life_s")
@@ -29,7 +29,7 @@ func azureRow(get func(string) string) (Request, error) {
 	q.Need = sizeOf(cpu*1000, mem*1024)
 	batch, err := name("batch", get("batch"))
 	if batch != "" {
-		q.Service = "batch-" + batch
+		q.customer = "batch-" + batch
 	}
 	return q, err
 }

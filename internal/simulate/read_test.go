@@ -98,8 +98,8 @@ func TestImporters(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Request{
-		{ID: "1", Arrive: 78000, Life: 30000, Need: Size{8000, 14 << 30}, Service: "batch-1", Class: ClassLatency},
-		{ID: "2", Arrive: 103000, Life: 928000, Need: Size{1000, 768 << 20}, Service: "batch-2", Class: ClassLatency},
+		{ID: "1", Arrive: 78000, Life: 30000, Need: Size{8000, 14 << 30}, Class: ClassLatency, customer: "batch-1"},
+		{ID: "2", Arrive: 103000, Life: 928000, Need: Size{1000, 768 << 20}, Class: ClassLatency, customer: "batch-2"},
 	}
 	if fmt.Sprint(tr.Requests) != fmt.Sprint(want) || tr.End() != 103000 {
 		t.Errorf("azure: got %v until %d", tr.Requests, tr.End())

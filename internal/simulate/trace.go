@@ -1,6 +1,7 @@
 package simulate
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"strings"
@@ -21,6 +22,8 @@ type Request struct {
 	Project string
 	Service string
 	Class   string // ClassLatency or ClassBatch
+
+	customer string // whose it is, where a trace knows no projects; see Zipf
 }
 
 func (r *Request) stays() bool { return r.Life < 0 }
@@ -57,9 +60,9 @@ func (t *Trace) End() Time {
 	return max(end, last)
 }
 
-// Zipf gives the trace's services to n projects: each (project, service) pair goes
-// to one of them by a hash of its name, the k-th with a probability proportional
-// to 1/k. The same names always go to the same projects.
+// Zipf gives the trace's customers (a trace without any: its services) to n
+// projects: each goes to one of them by a hash of its name, the k-th with a
+// probability proportional to 1/k. The same names always go to the same projects.
 func (t *Trace) Zipf(n int) error {
 	if n < 1 || n > 1e6 {
 		return fmt.Errorf("%d projects: give a number from 1 to 1000000", n)
@@ -76,10 +79,8 @@ func (t *Trace) Zipf(n int) error {
 	}
 	for i := range t.Requests {
 		r := &t.Requests[i]
-		if r.Service == "" {
-			r.Service = r.ID
-		}
-		u := float64(hash(r.Project, r.Service)>>11) / (1 << 53) * sum
+		who := cmp.Or(r.customer, r.Service, r.ID)
+		u := float64(hash(r.Project, who)>>11) / (1 << 53) * sum
 		lo, hi := 0, n-1
 		for lo < hi {
 			if mid := (lo + hi) / 2; cumulated[mid] > u {
