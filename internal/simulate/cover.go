@@ -12,7 +12,7 @@ import (
 // nothing of the policy and takes no promise from it: it tries. The answer is a
 // function of the state alone, so that a stranger gets the same.
 //
-// The search is first fit decreasing, so a "no" may be wrong and a "yes" never is.
+// The search is first and best fit decreasing, so a "no" may be wrong and a "yes" never is.
 type cover struct {
 	resizable bool
 
@@ -21,6 +21,7 @@ type cover struct {
 	groups map[string]*slots
 	order  []*Container
 	opened []opened
+	tight  bool // best fit instead of first fit
 	undo   []func()
 	last   string // host that failed the last look: asked first
 }
@@ -144,9 +145,10 @@ func (k *cover) machines(h *Host) bool {
 	return true
 }
 
-// containers tries to place h's containers again, the large ones first.
+// containers tries to place h's containers again, the large ones first: large by
+// CPU, by memory, by the larger share, each first fit and best fit.
 func (k *cover) containers(h *Host, overhead Size) bool {
-	k.order, k.opened = k.order[:0], k.opened[:0]
+	k.order = k.order[:0]
 	for _, m := range h.Machines {
 		k.order = append(k.order, m.Containers...)
 		if g := k.groups[m.Project]; g != nil && !m.Own {
@@ -157,27 +159,38 @@ func (k *cover) containers(h *Host, overhead Size) bool {
 			}
 		}
 	}
-	slices.SortFunc(k.order, func(a, b *Container) int {
-		return cmp.Or(cmp.Compare(b.Need.share(h.Size), a.Need.share(h.Size)), cmp.Compare(a.ID, b.ID))
-	})
-	for _, c := range k.order {
-		if !k.place(c, overhead) {
-			return false
+	start := len(k.undo)
+	for _, large := range []func(s Size) float64{
+		func(s Size) float64 { return s.share(h.Size) },
+		func(s Size) float64 { return float64(s.CPU) },
+		func(s Size) float64 { return float64(s.Memory) },
+	} {
+		slices.SortFunc(k.order, func(a, b *Container) int {
+			return cmp.Or(cmp.Compare(large(b.Need), large(a.Need)), cmp.Compare(b.Need.share(h.Size), a.Need.share(h.Size)), cmp.Compare(a.ID, b.ID))
+		})
+		for _, k.tight = range []bool{false, true} {
+			k.opened = k.opened[:0]
+			if !slices.ContainsFunc(k.order, func(c *Container) bool { return !k.place(c, overhead) }) {
+				return true
+			}
+			k.rollbackTo(start)
 		}
 	}
-	return true
+	return false
 }
 
-// place finds a free slot, room in a machine that the attempt booted, room beside
-// a machine of the group that can grow, or room for a new machine.
+// place finds a free slot, room in a machine that the attempt booted, room for a
+// new machine, or room beside a machine of the group that can grow.
 func (k *cover) place(c *Container, overhead Size) bool {
 	group := c.Machine.Project
 	own := c.Machine.Own
 	g := k.groups[group]
-	if g != nil && !own {
-		if i := g.fit.first(c.Need); i >= 0 {
-			k.take(&g.fit, i, c.Need)
-			return true
+	if !own {
+		if g != nil {
+			if i := g.fit.first(c.Need); i >= 0 {
+				k.take(&g.fit, i, c.Need)
+				return true
+			}
 		}
 		for _, o := range k.opened {
 			if o.group == group && c.Need.fits(k.hosts.at(o.host)) {
@@ -186,7 +199,7 @@ func (k *cover) place(c *Container, overhead Size) bool {
 			}
 		}
 	}
-	i := k.hosts.first(c.Need.add(overhead))
+	i := k.host(c.Need.add(overhead))
 	if i < 0 {
 		return !own && k.resizable && g != nil && k.grow(c, g)
 	}
@@ -195,6 +208,20 @@ func (k *cover) place(c *Container, overhead Size) bool {
 		k.opened = append(k.opened, opened{group, i})
 	}
 	return true
+}
+
+// host is the first with room for s, or the one with the least.
+func (k *cover) host(s Size) int {
+	best := k.hosts.first(s)
+	if !k.tight || best < 0 {
+		return best
+	}
+	for i := best + 1; i < k.hosts.n; i++ {
+		if free := k.hosts.at(i); s.fits(free) && leftover(free, k.hostAt[i].Size) < leftover(k.hosts.at(best), k.hostAt[best].Size) {
+			best = i
+		}
+	}
+	return best
 }
 
 // grow finds a running machine of the group whose host has room for c.
@@ -216,11 +243,13 @@ func (k *cover) set(f *fit, i int, s Size) {
 	k.undo = append(k.undo, func() { f.set(i, was) })
 }
 
-func (k *cover) rollback() {
-	for i := len(k.undo) - 1; i >= 0; i-- {
+func (k *cover) rollback() { k.rollbackTo(0) }
+
+func (k *cover) rollbackTo(n int) {
+	for i := len(k.undo) - 1; i >= n; i-- {
 		k.undo[i]()
 	}
-	k.undo = k.undo[:0]
+	k.undo = k.undo[:n]
 }
 
 // fit finds the first of a row of sizes with room for another: a tree of maxima.

@@ -35,6 +35,7 @@ type tandem struct {
 	busy      []*Machine       // sources of moves under way
 	empty     map[string]Time  // machines, since when
 	fold      Time             // the next question what could be folded
+	mending   bool             // a host failed, and the guarantee is not whole again
 	measuring bool
 	booted    int
 	credit    float64      // moves that the budget allows now
@@ -88,6 +89,7 @@ func (t *tandem) Handle(w *World, e Event) int {
 		t.settle(w)
 		t.trim(w)
 		decided = t.retry(w)
+		t.mend(w)
 		t.consolidate(w)
 		w.Wake(w.Now() + tandemScan)
 	}
@@ -286,5 +288,21 @@ func (t *tandem) lost(w *World, e Event) int {
 	if len(left) > 0 {
 		t.place(w, left)
 	}
+	t.mending = true
+	t.mend(w)
 	return len(e.Lost)
+}
+
+// mend asks, after a failure, for what brings the guarantee back.
+func (t *tandem) mend(w *World) {
+	if !t.mending || len(t.busy) > 0 {
+		return
+	}
+	t.offer(w)
+	plan, err := t.s.Decide(planner.Question{Rebalance: &planner.Budget{Containers: max(0, int(t.credit)), Bytes: -1}})
+	t.must(w, err, "a question")
+	if t.feasible(plan) && t.carryOut(w, plan) {
+		ok, _ := t.s.Survives()
+		t.mending = !ok
+	}
 }
