@@ -8,223 +8,230 @@ import (
 	"tandem/internal/planner"
 )
 
-// settle frees for new plans what is not under way any more.
-func (t *tandem) settle(w *World) {
-	if len(t.busy) == 0 {
-		return
-	}
-	var idle []string
-	t.busy = slices.DeleteFunc(t.busy, func(m *Machine) bool {
-		if m.Gone {
-			return true
-		}
-		if m.leaving > 0 || m.target != nil {
-			return false
-		}
-		t.must(w, t.s.SetMachine(t.record(w, m)), "machine "+m.ID)
-		if t.noteEmpty(w, m); len(m.Containers) == 0 {
-			idle = append(idle, t.names[m])
-		}
-		return true
-	})
-	if len(idle) > 0 { // they were emptied to be stopped
-		plan, err := t.s.Decide(planner.Question{Trim: &planner.Trim{Idle: idle}})
-		t.must(w, err, "a question")
-		t.carryOut(w, plan)
-	}
+// step is an action of a plan that is committed, and perhaps not done yet.
+type step struct {
+	planner.Action
+	keys []string // of what it touches: steps that share one are done in order
 }
 
-// moved ends a migration: what was kept from the planner meanwhile is freed.
-func (t *tandem) moved(w *World, m *Machine, from *Host) {
-	if from.Gone || from.arriving > 0 || slices.ContainsFunc(from.Machines, func(o *Machine) bool { return o.target != nil }) {
-		return
-	}
-	t.must(w, t.s.SetHost(t.host(w, from.ID, from.Zone, from.Size, false)), "host "+from.ID)
-}
-
-// record is a machine as the planner is to see it.
-func (t *tandem) record(w *World, m *Machine) planner.Machine {
-	host := m.Host
-	if m.target != nil {
-		host = m.target
-	}
-	r := planner.Machine{ID: t.names[m], Host: host.ID, Project: m.Project, Isolation: t.isolation(w), Size: planner.Size(m.Size),
-		Ceiling: planner.Size(host.Size), Stopping: m.leaving > 0 || m.target != nil}
-	if r.Isolation == planner.Own {
-		r.Project = ""
-		if len(m.Containers) > 0 {
-			r.Project = m.Containers[0].Project
-		}
-	}
-	return r
-}
-
-func (t *tandem) find(w *World, id string) *Host {
-	for _, h := range w.Hosts() {
-		if h.ID == id {
-			return h
-		}
-	}
-	o, ok := t.known[id]
-	w.must(ok, "the planner acts on host %q, which is not there", id)
-	delete(t.known, id)
-	return w.Accept(o)
-}
-
-func (t *tandem) machine(w *World, id string, rename map[string]string) *Machine {
-	if n, ok := rename[id]; ok {
-		id = n
-	}
-	m := t.machines[id]
-	w.must(m != nil, "the planner acts on machine %q, which is not there", id)
-	return m
-}
-
-// carryOut commits a plan and does its actions. Shrinking and stopping where
-// something is still leaving has to wait: it is asked for again. It says whether
-// the plan was taken.
+// carryOut commits a plan and does its actions, or what can be done of them now:
+// the planner sees the end at once, the world goes there step by step. It says
+// whether the plan was taken.
 func (t *tandem) carryOut(w *World, p *planner.Plan) bool {
 	if len(p.Actions) == 0 {
 		return true
 	}
 	rename := map[string]string{}
-	sources := map[string]bool{}
-	plan := planner.Plan{Revision: p.Revision}
 	for i := range p.Actions {
-		a := &p.Actions[i]
-		switch a.Kind {
-		case planner.Boot:
+		if a := &p.Actions[i]; a.Kind == planner.Boot {
 			t.booted++
 			rename[a.Machine] = fmt.Sprintf("m-%06d", t.booted)
-		case planner.Move:
-			sources[a.FromMachine] = true
-		case planner.Shrink, planner.Stop:
-			if m := t.machines[a.Machine]; sources[a.Machine] || m != nil && (m.leaving > 0 || m.target != nil) {
-				continue
-			}
-		case planner.PowerOff:
-			continue // see powerOff
 		}
-		plan.Actions = append(plan.Actions, *a)
 	}
-	if err := t.s.Commit(&plan, rename); errors.Is(err, planner.ErrStale) {
+	if err := t.s.Commit(p, rename); errors.Is(err, planner.ErrStale) {
 		return false
 	} else if err != nil {
 		t.must(w, err, "its own plan")
 	}
-	last := map[string]int{} // a container may move on within a plan: it goes straight there
-	for i := range plan.Actions {
-		if plan.Actions[i].Kind == planner.Move {
-			last[plan.Actions[i].Container] = i
-		}
-	}
-	var stopped []string
-	for i := range plan.Actions {
-		if a := &plan.Actions[i]; a.Kind != planner.Move || last[a.Container] == i {
-			t.act(w, a, rename, &stopped)
-		} else if m := t.machine(w, a.Machine, rename); !slices.Contains(t.busy, m) {
-			t.busy = append(t.busy, m)
-		}
-	}
-	for _, id := range stopped {
-		m := t.machines[id]
-		delete(t.machines, id)
-		delete(t.names, m)
-		delete(t.empty, id)
-		t.s.RemoveMachine(id)
-	}
-	for _, m := range t.busy {
-		t.must(w, t.s.SetMachine(t.record(w, m)), "machine "+m.ID)
-	}
-	t.powerOff(w, p)
-	return true
-}
-
-// powerOff does what carryOut put off until the stopped machines were gone.
-func (t *tandem) powerOff(w *World, p *planner.Plan) {
 	for i := range p.Actions {
-		if p.Actions[i].Kind != planner.PowerOff {
-			continue
+		a := p.Actions[i]
+		if n, ok := rename[a.Machine]; ok {
+			a.Machine = n
 		}
-		for _, h := range w.Hosts() {
-			if h.ID == p.Actions[i].Host && len(h.Machines) == 0 && h.arriving == 0 {
-				size, zone := h.Size, h.Zone
-				o := Offer{ID: h.ID, Zone: zone, Size: size, pool: h.pool, number: h.number}
-				w.PowerOff(h)
-				t.known[o.ID] = o
-				t.must(w, t.s.SetHost(t.host(w, o.ID, zone, size, true)), "host "+o.ID)
-				break
+		if n, ok := rename[a.FromMachine]; ok {
+			a.FromMachine = n
+		}
+		t.note(w, &a)
+		t.todo = append(t.todo, step{a, keys(&a)})
+		if a.Kind == planner.Restart {
+			for _, c := range t.losing {
+				if t.place[c.ID] == a.Machine {
+					b := planner.Action{Kind: planner.Place, Container: c.ID, Machine: a.Machine}
+					t.todo = append(t.todo, step{b, keys(&b)})
+				}
 			}
 		}
 	}
+	t.proceed(w)
+	return true
 }
 
-// act does one action that is committed.
-func (t *tandem) act(w *World, a *planner.Action, rename map[string]string, stopped *[]string) {
+// note keeps what the planner takes for true from now on.
+func (t *tandem) note(w *World, a *planner.Action) {
+	switch a.Kind {
+	case planner.Place, planner.Move:
+		t.place[a.Container] = a.Machine
+	case planner.Evict:
+		delete(t.place, a.Container)
+		t.wait(a.Container)
+	case planner.PowerOn:
+		t.off--
+	case planner.PowerOff:
+		t.off++
+	case planner.Stop:
+		delete(t.empty, a.Machine)
+		t.s.RemoveMachine(a.Machine)
+	}
+}
+
+// keys names what a step touches. Steps that need room on a host are done in
+// order, so that later ones don't take it from earlier ones.
+func keys(a *planner.Action) []string {
+	var k []string
+	if a.Container != "" {
+		k = append(k, "container "+a.Container)
+	}
+	if a.Machine != "" {
+		k = append(k, "machine "+a.Machine)
+	}
+	if a.FromMachine != "" {
+		k = append(k, "machine "+a.FromMachine)
+	}
+	switch a.Kind {
+	case planner.Boot, planner.Grow, planner.Migrate, planner.Restart, planner.PowerOn, planner.PowerOff:
+		k = append(k, "host "+a.Host)
+	}
+	return k
+}
+
+// proceed does the steps whose time has come.
+func (t *tandem) proceed(w *World) {
+	for progress := true; progress && len(t.todo) > 0; {
+		progress = false
+		var blocked map[string]bool
+		rest := t.todo[:0]
+		for _, s := range t.todo {
+			if !slices.ContainsFunc(s.keys, func(k string) bool { return blocked[k] }) && t.act(w, &s.Action) {
+				progress = true
+				continue
+			}
+			if blocked == nil {
+				blocked = map[string]bool{}
+			}
+			for _, k := range s.keys {
+				blocked[k] = true
+			}
+			rest = append(rest, s)
+		}
+		clear(t.todo[len(rest):])
+		t.todo = rest
+	}
+}
+
+// forget drops the steps that are about what is gone.
+func (t *tandem) forget(gone func(a *planner.Action) bool) {
+	t.todo = slices.DeleteFunc(t.todo, func(s step) bool { return gone(&s.Action) })
+}
+
+func (t *tandem) host(w *World, id string) *Host {
+	for _, h := range w.Hosts() {
+		if h.ID == id {
+			return h
+		}
+	}
+	return nil
+}
+
+// act does an action if it can be done now, and says whether it is settled.
+func (t *tandem) act(w *World, a *planner.Action) bool {
+	m := t.machines[a.Machine]
 	switch a.Kind {
 	case planner.PowerOn:
-		t.find(w, a.Host)
-	case planner.Boot:
-		group := a.Project
-		if w.Isolation == IsolationShared {
-			group = ""
+		if t.host(w, a.Host) != nil {
+			return false
 		}
-		m := w.Boot(t.find(w, a.Host), group, a.Isolation == planner.Own, Size(a.To))
-		id := rename[a.Machine]
-		t.machines[id], t.names[m] = m, id
+		o, ok := t.known[a.Host]
+		w.must(ok, "the planner switches on host %q, which nobody has", a.Host)
+		w.Accept(o)
+	case planner.PowerOff:
+		h := t.host(w, a.Host)
+		if h == nil || len(h.Machines) > 0 || h.arriving > 0 {
+			return h == nil
+		}
+		w.PowerOff(h)
+	case planner.Boot, planner.Restart:
+		return t.boot(w, a)
 	case planner.Grow, planner.Shrink:
-		w.Resize(t.machine(w, a.Machine, rename), Size(a.To))
-	case planner.Place:
-		m := t.machine(w, a.Machine, rename)
-		w.Place(t.all[a.Container], m)
-		t.noteEmpty(w, m)
-	case planner.Move:
-		c, to := t.all[a.Container], t.machine(w, a.Machine, rename)
-		from := c.Machine
-		w.Move(c, to)
-		t.credit--
-		t.noteEmpty(w, to)
-		if !slices.Contains(t.busy, from) {
-			t.busy = append(t.busy, from)
+		w.must(m != nil, "the planner resizes machine %q, which is not there", a.Machine)
+		to := Size(a.To)
+		if m.target != nil || !m.Used.fits(to) || !to.sub(m.Size).max(Size{}).fits(m.Host.Free().max(Size{})) {
+			return false
 		}
-		t.noteEmpty(w, from)
-	case planner.Migrate:
-		m := t.machine(w, a.Machine, rename)
-		t.credit -= float64(len(m.Containers))
-		w.Migrate(m, t.find(w, a.Host))
-		t.busy = append(t.busy, m)
-		h := t.host(w, m.Host.ID, m.Host.Zone, m.Host.Size, false)
-		h.Cordoned = true // until the copy here is gone
-		t.must(w, t.s.SetHost(h), "host "+h.ID)
-	case planner.Restart:
-		t.restart(w, a, rename)
+		w.Resize(m, to)
+	case planner.Place, planner.Move:
+		return t.bring(w, t.all[a.Container], m)
 	case planner.Evict:
-		w.Evict(t.all[a.Container])
-		t.pending = append(t.pending, a.Container)
+		c := t.all[a.Container]
+		if c.Machine == nil || c.from != nil {
+			return c.Machine == nil
+		}
+		w.Evict(c)
+	case planner.Migrate:
+		h := t.host(w, a.Host)
+		if m == nil || h == nil || !m.Up || !h.Up || m.target != nil || m.Live != m.Size || !m.Size.fits(h.Free()) {
+			return false
+		}
+		t.credit -= float64(len(m.Containers))
+		w.Migrate(m, h)
 	case planner.Stop:
-		m := t.machine(w, a.Machine, rename)
+		if m.leaving > 0 || len(m.Containers) > 0 || m.target != nil {
+			return false
+		}
 		w.Stop(m)
-		*stopped = append(*stopped, t.names[m])
+		delete(t.machines, a.Machine)
+		delete(t.names, m)
 	default:
 		w.must(false, "the planner answers with an action %q that the simulator does not know", a.Kind)
 	}
+	return true
 }
 
-// restart starts a machine of a failed host again, with all that was in it. The
-// planner keeps its name.
-func (t *tandem) restart(w *World, a *planner.Action, rename map[string]string) {
-	old := t.machine(w, a.Machine, rename)
-	size := a.To
-	if size == (planner.Size{}) {
-		size = planner.Size(old.Size)
-	}
-	m := w.Boot(t.find(w, a.Host), old.Project, old.Own, Size(size))
-	id := t.names[old]
-	delete(t.names, old)
-	t.machines[id], t.names[m] = m, id
-	for _, c := range t.losing {
-		if c.lostFrom == old && c.Machine == nil && !c.Done {
-			w.Place(c, m)
+// boot starts a machine, also again on another host: the planner keeps its name.
+func (t *tandem) boot(w *World, a *planner.Action) bool {
+	h := t.host(w, a.Host)
+	group, own, size := a.Project, a.Isolation == planner.Own, Size(a.To)
+	if a.Kind == planner.Restart {
+		old := t.machines[a.Machine]
+		w.must(old != nil && old.Gone, "the planner restarts machine %q, which is not lost", a.Machine)
+		group, own = old.Project, old.Own
+		if size == (Size{}) {
+			size = old.Size
 		}
+	} else if w.Isolation == IsolationShared {
+		group = ""
 	}
+	if h == nil || !size.fits(h.Free()) {
+		return false
+	}
+	if old := t.machines[a.Machine]; old != nil {
+		delete(t.names, old)
+	}
+	m := w.Boot(h, group, own, size)
+	t.machines[a.Machine], t.names[m] = m, a.Machine
+	return true
+}
+
+// bring gets a container to a machine, from wherever it is.
+func (t *tandem) bring(w *World, c *Container, m *Machine) bool {
+	switch {
+	case c == nil || c.Done:
+		return true // it left meanwhile
+	case m == nil:
+		return false
+	case c.Machine == m:
+		return true
+	case !c.Need.fits(m.Free()) || m.Own && len(m.Containers)+m.leaving > 0:
+		return false
+	case c.Machine == nil:
+		w.Place(c, m)
+	case !c.Running || c.from != nil:
+		return false
+	default:
+		from := c.Machine
+		t.credit--
+		w.Move(c, m)
+		t.noteEmpty(w, from)
+	}
+	t.noteEmpty(w, m)
+	return true
 }

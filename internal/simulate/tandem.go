@@ -10,41 +10,42 @@ import (
 const (
 	tandemScan = Time(20 * 1000)  // between two looks at what is idle or waits
 	tandemFold = Time(120 * 1000) // between two questions what could be folded
-	tandemIdle = Time(30 * 1000)  // an empty machine is kept that long
+	tandemIdle = Time(20 * 1000)  // an empty machine is kept that long
 	spareHosts = 4                // powered-off hosts that the planner is told of
 	maxCredit  = 1000             // moves saved up at most
-
-	// The part of what is on that may be unused without anything being moved for
-	// it: the more moves are saved up for each host, the less is tolerated.
-	leaveMost  = 0.07
-	leaveLeast = 0.045
+	// tandemLeave is the part of what is on that may be unused without anything
+	// being moved for it: load comes back.
+	tandemLeave = 0.07
 )
 
 // tandem is Tandem itself: the real planner, asked at each event as the
 // controllers ask it, its plans carried out on the simulated world with the times
-// that they take. What is under way (a container that starts elsewhere before it
-// stops here, a machine that migrates) is kept from new plans until it is done.
+// that they take. The planner's state is what shall be; what is follows step by
+// step (see carryOut).
 type tandem struct {
-	s         *planner.State
-	o         *Options
-	machines  map[string]*Machine // by the planner's name
-	names     map[*Machine]string
-	all       map[string]*Container
-	known     map[string]Offer // hosts that the planner knows to be off
-	pending   []string         // containers without a place, in the order of asking
-	busy      []*Machine       // sources of moves under way
-	empty     map[string]Time  // machines, since when
-	fold      Time             // the next question what could be folded
-	mending   bool             // a host failed, and the guarantee is not whole again
+	s        *planner.State
+	o        *Options
+	machines map[string]*Machine // by the planner's name
+	names    map[*Machine]string
+	all      map[string]*Container
+	place    map[string]string // where the planner has a container
+	known    map[string]Offer  // hosts that the planner knows of
+	off      int               // of those, switched off
+	todo     []step            // committed, not done yet
+	pending  []string          // containers without a place, in the order of asking
+	empty    map[string]Time   // machines, since when
+	losing   []*Container      // of the host that has just failed
+	booted   int
+	credit   float64 // moves that the budget allows now
+	fold     Time    // the next question what could be folded
+
+	mending   bool // a host failed, and the guarantee is not whole again
 	measuring bool
-	booted    int
-	credit    float64      // moves that the budget allows now
-	losing    []*Container // of the host that has just failed
 }
 
 func newTandem(o *Options) *tandem {
 	t := &tandem{s: planner.New(), o: o, machines: map[string]*Machine{}, names: map[*Machine]string{}, all: map[string]*Container{},
-		known: map[string]Offer{}, empty: map[string]Time{}}
+		place: map[string]string{}, known: map[string]Offer{}, empty: map[string]Time{}}
 	if err := t.s.SetPolicy(planner.Policy{HostLosses: o.HA}); err != nil {
 		panic(broken{err})
 	}
@@ -57,6 +58,7 @@ func (*tandem) Name() string { return "tandem" }
 // Handle asks the planner what the event calls for.
 func (t *tandem) Handle(w *World, e Event) int {
 	decided := 0
+	t.proceed(w)
 	switch e.Kind {
 	case Arrived:
 		if w.Measuring() && !t.measuring {
@@ -66,27 +68,10 @@ func (t *tandem) Handle(w *World, e Event) int {
 		decided = t.arrive(w, e.Container)
 		w.Wake((w.Now()/tandemScan + 1) * tandemScan)
 	case Left:
-		delete(t.all, e.Container.ID)
-		t.s.RemoveContainer(e.Container.ID)
-		if e.Machine == nil {
-			t.pending = slices.DeleteFunc(t.pending, func(id string) bool { return id == e.Container.ID })
-		} else {
-			t.noteEmpty(w, e.Machine)
-			t.shrink(w, e.Machine)
-		}
-		t.settle(w)
-		decided = t.retry(w)
-	case Booted, Grown, Moved:
-		if e.Kind == Moved {
-			t.moved(w, e.Machine, e.Host)
-		}
-		t.settle(w)
-	case HostUp:
-		decided = t.retry(w)
+		decided = t.left(w, e)
 	case HostLost:
 		decided = t.lost(w, e)
 	case Tick:
-		t.settle(w)
 		t.trim(w)
 		decided = t.retry(w)
 		t.mend(w)
@@ -113,21 +98,18 @@ func (t *tandem) isolation(w *World) planner.Isolation {
 
 // offer tells the planner of hosts that can be switched on.
 func (t *tandem) offer(w *World) {
-	if len(t.known) >= spareHosts {
+	if t.off >= spareHosts {
 		return
 	}
-	for _, o := range w.Offers(spareHosts) {
-		if _, ok := t.known[o.ID]; !ok {
+	for _, o := range w.Offers(2*spareHosts + len(t.todo)) {
+		if _, ok := t.known[o.ID]; !ok && t.off < spareHosts*len(w.pools) {
 			t.known[o.ID] = o
-			t.must(w, t.s.SetHost(t.host(w, o.ID, o.Zone, o.Size, true)), "host "+o.ID)
+			t.off++
+			t.must(w, t.s.SetHost(planner.Host{ID: o.ID, Zone: o.Zone, Capacity: planner.Size(o.Size), GuestExtra: planner.Size(w.Overhead), Base: planner.Size(w.Overhead), Off: true,
+				Capabilities: planner.Capabilities{Grow: true, Shrink: true, CPUStep: 1, MemoryStep: 1, BootSeconds: w.boot.Seconds(), GrowSeconds: w.grow.Seconds(),
+					MoveSecondsGiB: float64(1<<30) / float64(w.migrateRate), PowerOnSeconds: w.hostBoot.Seconds()}}), "host "+o.ID)
 		}
 	}
-}
-
-func (t *tandem) host(w *World, id, zone string, size Size, off bool) planner.Host {
-	return planner.Host{ID: id, Zone: zone, Capacity: planner.Size(size), GuestExtra: planner.Size(w.Overhead), Base: planner.Size(w.Overhead), Off: off,
-		Capabilities: planner.Capabilities{Grow: true, Shrink: true, CPUStep: 1, MemoryStep: 1, BootSeconds: w.boot.Seconds(), GrowSeconds: w.grow.Seconds(),
-			MoveSecondsGiB: float64(1<<30) / float64(w.migrateRate), PowerOnSeconds: w.hostBoot.Seconds()}}
 }
 
 func (t *tandem) arrive(w *World, c *Container) int {
@@ -141,11 +123,11 @@ func (t *tandem) arrive(w *World, c *Container) int {
 	}
 	t.must(w, t.s.SetContainer(p), "container "+c.ID)
 	t.all[c.ID] = c
-	return t.place(w, []string{c.ID})
+	return t.ask(w, []string{c.ID})
 }
 
-// place asks for places, and remembers what has none.
-func (t *tandem) place(w *World, ids []string) int {
+// ask asks for places, and remembers what has none.
+func (t *tandem) ask(w *World, ids []string) int {
 	t.offer(w)
 	plan, err := t.s.Decide(planner.Question{Place: ids})
 	t.must(w, err, "a question")
@@ -175,7 +157,29 @@ func (t *tandem) retry(w *World) int {
 	}
 	ids := t.pending
 	t.pending = nil
-	return t.place(w, ids)
+	return t.ask(w, ids)
+}
+
+// left takes a container out of the books, and gives back at once what has become
+// free in its machine.
+func (t *tandem) left(w *World, e Event) int {
+	id := e.Container.ID
+	at := t.place[id]
+	delete(t.all, id)
+	delete(t.place, id)
+	t.s.RemoveContainer(id)
+	t.forget(func(a *planner.Action) bool { return a.Container == id })
+	t.pending = slices.DeleteFunc(t.pending, func(p string) bool { return p == id })
+	if e.Machine != nil {
+		t.noteEmpty(w, e.Machine)
+	}
+	if at != "" {
+		plan, err := t.s.Decide(planner.Question{Trim: &planner.Trim{Shrink: true, Only: []string{at}}})
+		t.must(w, err, "a question")
+		t.carryOut(w, plan)
+	}
+	t.proceed(w)
+	return t.retry(w)
 }
 
 // noteEmpty remembers since when a machine is empty.
@@ -189,17 +193,6 @@ func (t *tandem) noteEmpty(w *World, m *Machine) {
 	} else if _, ok := t.empty[id]; !ok {
 		t.empty[id] = w.Now()
 	}
-}
-
-// shrink gives back at once what has become free in a machine.
-func (t *tandem) shrink(w *World, m *Machine) {
-	id, ok := t.names[m]
-	if !ok || m.Gone || slices.Contains(t.busy, m) {
-		return
-	}
-	plan, err := t.s.Decide(planner.Question{Trim: &planner.Trim{Shrink: true, Only: []string{id}}})
-	t.must(w, err, "a question")
-	t.carryOut(w, plan)
 }
 
 // trim stops machines that have been empty for long enough.
@@ -223,10 +216,9 @@ func (t *tandem) trim(w *World) {
 // off. Between two times it asks for the latter only, and only if something is empty.
 func (t *tandem) consolidate(w *World) {
 	q := planner.Consolidate{PowerOff: true, Leave: 1}
-	if w.Now() >= t.fold && len(t.busy) == 0 {
+	if w.Now() >= t.fold && len(t.todo) == 0 {
 		t.fold = w.Now() + tandemFold
-		each := t.credit / float64(len(w.Hosts())+1)
-		q.Leave = leaveMost - (leaveMost-leaveLeast)*max(0, min(1, (each-1)/1.5))
+		q.Leave = tandemLeave
 		if q.Budget = (planner.Budget{Containers: int(t.credit), Bytes: -1}); t.o.Budget < 0 {
 			q.Budget.Containers, q.Leave = -1, 0
 		}
@@ -235,73 +227,83 @@ func (t *tandem) consolidate(w *World) {
 	}
 	plan, err := t.s.Decide(planner.Question{Consolidate: &q})
 	t.must(w, err, "a question")
-	if t.feasible(plan) {
-		t.carryOut(w, plan)
-	}
-}
-
-// feasible says whether all that a plan moves can move now; what does not is asked
-// for again at the next scan.
-func (t *tandem) feasible(p *planner.Plan) bool {
-	for i := range p.Actions {
-		a := &p.Actions[i]
-		switch a.Kind {
-		case planner.Move, planner.Evict:
-			if c := t.all[a.Container]; c == nil || !c.Running || c.from != nil {
-				return false
-			}
-		case planner.Migrate:
-			if m := t.machines[a.Machine]; m == nil || !m.Up || m.target != nil || m.Live != m.Size || m.leaving > 0 || len(m.waiting) > 0 {
-				return false
-			}
-		}
-	}
-	return true
+	t.carryOut(w, plan)
 }
 
 // lost brings a failed host's load to other hosts.
 func (t *tandem) lost(w *World, e Event) int {
-	for m, id := range t.names { // what was moving away from there: its planner knows better
-		if m.Gone && m.Host == e.Host {
-			delete(t.empty, id)
-		}
-	}
-	t.busy = slices.DeleteFunc(t.busy, func(m *Machine) bool { return m.Gone })
+	id := e.Host.ID
 	t.losing = e.Lost
+	t.forget(func(a *planner.Action) bool { // the planner decides anew about it
+		m := t.machines[a.Machine]
+		return a.Host == id || m != nil && m.Gone && a.Kind != planner.Place && a.Kind != planner.Move
+	})
 	t.offer(w)
-	plan, err := t.s.Decide(planner.Question{HostLost: []string{e.Host.ID}})
+	plan, err := t.s.Decide(planner.Question{HostLost: []string{id}})
 	t.must(w, err, "a question")
-	t.carryOut(w, plan)
-	t.s.RemoveHost(e.Host.ID)
-	for m, id := range t.names {
-		if m.Gone {
-			delete(t.names, m)
-			delete(t.machines, id)
-		}
+	if !t.carryOut(w, plan) {
+		plan = &planner.Plan{}
 	}
-	var left []string
-	for _, c := range e.Lost {
-		if c.Machine == nil && !c.Done {
-			left = append(left, c.ID)
-		}
-	}
-	if len(left) > 0 {
-		t.place(w, left)
-	}
+	t.s.RemoveHost(id)
+	delete(t.known, id)
+	t.sweep(w, id)
+	t.losing = nil
+	t.proceed(w)
+	t.retry(w)
 	t.mending = true
 	t.mend(w)
 	return len(e.Lost)
 }
 
+// sweep compares, after a failure, where the planner has containers with where
+// they are: machines that don't start again are forgotten, and what is nowhere
+// and has no machine to go to asks for a place.
+func (t *tandem) sweep(w *World, host string) {
+	starts := map[string]bool{}
+	brought := map[string]bool{}
+	for _, s := range t.todo {
+		switch s.Kind {
+		case planner.Restart, planner.Boot:
+			starts[s.Machine] = true
+		case planner.Place, planner.Move:
+			brought[s.Container] = true
+		}
+	}
+	var dead []string
+	for id, m := range t.machines {
+		if m.Gone && !starts[id] {
+			dead = append(dead, id)
+		}
+	}
+	for _, id := range dead {
+		delete(t.names, t.machines[id])
+		delete(t.machines, id)
+		delete(t.empty, id)
+	}
+	t.forget(func(a *planner.Action) bool { return slices.Contains(dead, a.Machine) })
+	for _, c := range t.losing {
+		at := t.place[c.ID]
+		switch {
+		case c.Done || c.Machine != nil:
+		case at == "" || t.machines[at] == nil && !starts[at]:
+			delete(t.place, c.ID)
+			t.wait(c.ID)
+		case !brought[c.ID]:
+			a := planner.Action{Kind: planner.Place, Container: c.ID, Machine: at}
+			t.todo = append(t.todo, step{a, keys(&a)})
+		}
+	}
+}
+
 // mend asks, after a failure, for what brings the guarantee back.
 func (t *tandem) mend(w *World) {
-	if !t.mending || len(t.busy) > 0 {
+	if !t.mending || len(t.todo) > 0 {
 		return
 	}
 	t.offer(w)
 	plan, err := t.s.Decide(planner.Question{Rebalance: &planner.Budget{Containers: max(0, int(t.credit)), Bytes: -1}})
 	t.must(w, err, "a question")
-	if t.feasible(plan) && t.carryOut(w, plan) {
+	if t.carryOut(w, plan) {
 		ok, _ := t.s.Survives()
 		t.mending = !ok
 	}
