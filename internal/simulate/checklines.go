@@ -25,6 +25,9 @@ func (k *checker) containerLine(l *Line) error {
 	if err != nil {
 		return err
 	}
+	if (l.What == "place" || l.What == "move") && (l.CPU != c.Need.CPU || l.Memory != c.Need.Memory) {
+		return fmt.Errorf("%s of %s with %s, but it arrived with %s", l.What, c.ID, Size{l.CPU, l.Memory}, c.Need)
+	}
 	switch l.What {
 	case "place":
 		if c.Machine != nil {

@@ -144,16 +144,16 @@ func TestGrowthMovesMigrationAndFailureByHand(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, line := range []string{
-		`{"t":5,"what":"start","container":"a","machine":"m-1","host":"h-0001"}`,
-		`{"t":11,"what":"start","container":"b","machine":"m-1","host":"h-0001"}`,
-		`{"t":25,"what":"start","container":"c","machine":"m-2","host":"h-0002"}`,
-		`{"t":100,"what":"move","container":"b","machine":"m-2","host":"h-0002","from":"m-1"}`,
-		`{"t":101,"what":"moved","container":"b","machine":"m-2","host":"h-0002"}`,
-		`{"t":202,"what":"migrated","machine":"m-1","host":"h-0002","from":"h-0001"}`,
-		`{"t":500,"what":"host-fail","host":"h-0002"}`,
-		`{"t":505,"what":"start","container":"a","machine":"m-3","host":"h-0001"}`,
-		`{"t":1005,"what":"depart","container":"a"}`, // its life goes on
-		`{"t":2020,"what":"end"`,
+		`{"time":5,"action":"start","container":"a","machine":"m-1","host":"h-0001"}`,
+		`{"time":11,"action":"start","container":"b","machine":"m-1","host":"h-0001"}`,
+		`{"time":25,"action":"start","container":"c","machine":"m-2","host":"h-0002"}`,
+		`{"time":100,"action":"move","container":"b","machine":"m-2","host":"h-0002","from":"m-1","cpu_milli":1000`,
+		`{"time":101,"action":"moved","container":"b","machine":"m-2","host":"h-0002"}`,
+		`{"time":202,"action":"migrated","machine":"m-1","host":"h-0002","from":"h-0001"}`,
+		`{"time":500,"action":"host-fail","host":"h-0002"}`,
+		`{"time":505,"action":"start","container":"a","machine":"m-3","host":"h-0001"}`,
+		`{"time":1005,"action":"depart","container":"a"}`, // its life goes on
+		`{"time":2020,"action":"end"`,
 	} {
 		if !strings.Contains(out, line) {
 			t.Errorf("no %s in\n%s", line, out)
@@ -231,7 +231,7 @@ func TestPoolsEndAndContainersWait(t *testing.T) {
 	}
 	// c gets a's place at 1060 s and starts a minute later. The trace ends at 1020 s,
 	// but who waits then is waited for: d gets c's place.
-	if !strings.Contains(out, `{"t":1120,"what":"start","container":"c"`) || r.WaitP99 != 2150 || r.Rejected != 0 || r.PeakHosts != 2 {
+	if !strings.Contains(out, `{"time":1120,"action":"start","container":"c"`) || r.WaitP99 != 2150 || r.Rejected != 0 || r.PeakHosts != 2 {
 		t.Errorf("got %+v\n%s", r, out)
 	}
 }

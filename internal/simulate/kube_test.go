@@ -17,12 +17,12 @@ func TestTheAutoscalerBootsAndDrains(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, line := range []string{
-		`{"t":10,"what":"boot","machine":"m-1"`, // at the first scan
-		`{"t":10,"what":"boot","machine":"m-2"`,
-		`{"t":70,"what":"start","container":"a"`,
-		`{"t":1070,"what":"depart","container":"b"}`,
-		`{"t":1670,"what":"move","container":"`, // unneeded for ten minutes
-		`{"t":1670,"what":"stop"`,
+		`{"time":10,"action":"boot","machine":"m-1"`, // at the first scan
+		`{"time":10,"action":"boot","machine":"m-2"`,
+		`{"time":70,"action":"start","container":"a"`,
+		`{"time":1070,"action":"depart","container":"b"}`,
+		`{"time":1670,"action":"move","container":"`, // unneeded for ten minutes
+		`{"time":1670,"action":"stop"`,
 	} {
 		if !strings.Contains(out, line) {
 			t.Errorf("no %s in\n%s", line, out)
@@ -43,7 +43,7 @@ func TestTheAutoscalerRemovesEmptyNodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Ready at 40 s, both empty from 100 s, seen so at that scan: gone at 700 s.
-	for _, line := range []string{`"what":"boot","machine":"m-2","host":"h-0002","cpu_milli":4000`, `{"t":700,"what":"host-off","host":"h-0001"}`, `{"t":700,"what":"host-off","host":"h-0002"}`} {
+	for _, line := range []string{`"action":"boot","machine":"m-2","host":"h-0002","cpu_milli":4000`, `{"time":700,"action":"host-off","host":"h-0001"}`, `{"time":700,"action":"host-off","host":"h-0002"}`} {
 		if !strings.Contains(out, line) {
 			t.Errorf("no %s in\n%s", line, out)
 		}

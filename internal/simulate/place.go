@@ -5,7 +5,7 @@ package simulate
 func (w *World) Place(c *Container, m *Machine) {
 	w.must(c.Machine == nil && !c.Done, "container %s is placed in %s, but is placed or done already", c.ID, m.ID)
 	w.enter(c, m)
-	w.log.line(Line{What: "place", Container: c.ID, Machine: m.ID, Host: m.Host.ID})
+	w.log.line(Line{What: "place", Container: c.ID, Machine: m.ID, Host: m.Host.ID, CPU: c.Need.CPU, Memory: c.Need.Memory})
 	w.tryStart(c)
 }
 
@@ -115,7 +115,7 @@ func (w *World) Move(c *Container, to *Machine) {
 	c.from = from
 	w.enter(c, to)
 	w.meter.move(w.now)
-	w.log.line(Line{What: "move", Container: c.ID, From: from.ID, Machine: to.ID, Host: to.Host.ID})
+	w.log.line(Line{What: "move", Container: c.ID, From: from.ID, Machine: to.ID, Host: to.Host.ID, CPU: c.Need.CPU, Memory: c.Need.Memory})
 	w.tryStart(c)
 }
 

@@ -118,7 +118,7 @@ func TestTheCheckerFindsForgeries(t *testing.T) {
 			}
 		}
 		for i, l := range lines {
-			if strings.Contains(l, `"what":"refuse"`) {
+			if strings.Contains(l, `"action":"refuse"`) {
 				continue // it changes no figure: who never started is rejected
 			}
 			bad("without "+l, append(append([]string{}, lines[:i]...), lines[i+1:]...))

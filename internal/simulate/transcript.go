@@ -36,8 +36,8 @@ import (
 //	end              the figures; Report is set
 type Line struct {
 	At         Time     `json:"-"`
-	T          float64  `json:"t"`
-	What       string   `json:"what"`
+	T          float64  `json:"time"`
+	What       string   `json:"action"`
 	Container  string   `json:"container,omitempty"`
 	Machine    string   `json:"machine,omitempty"`
 	Host       string   `json:"host,omitempty"`
