@@ -10,7 +10,7 @@ import (
 const (
 	tandemScan = Time(20 * 1000)  // between two looks at what is idle or waits
 	tandemFold = Time(120 * 1000) // between two questions what could be folded
-	tandemIdle = Time(20 * 1000)  // an empty machine is kept that long
+	tandemIdle = Time(0)          // an empty machine is kept that long
 	spareHosts = 4                // powered-off hosts that the planner is told of
 	maxCredit  = 1000             // moves saved up at most
 	// tandemLeave is the part of what is on that may be unused without anything
@@ -174,11 +174,15 @@ func (t *tandem) left(w *World, e Event) int {
 		t.noteEmpty(w, e.Machine)
 	}
 	if at != "" {
-		plan, err := t.s.Decide(planner.Question{Trim: &planner.Trim{Shrink: true, Only: []string{at}}})
+		q := planner.Trim{Shrink: true, Only: []string{at}}
+		if m := e.Machine; tandemIdle == 0 && m != nil && t.names[m] == at && len(m.Containers)+m.leaving == 0 {
+			q.Idle = q.Only
+		}
+		plan, err := t.s.Decide(planner.Question{Trim: &q})
 		t.must(w, err, "a question")
 		t.carryOut(w, plan)
 	}
-	t.proceed(w)
+	t.consolidate(w)
 	return t.retry(w)
 }
 
