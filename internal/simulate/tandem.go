@@ -182,7 +182,9 @@ func (t *tandem) left(w *World, e Event) int {
 		t.must(w, err, "a question")
 		t.carryOut(w, plan)
 	}
-	t.consolidate(w)
+	if e.Machine != nil && len(e.Machine.Host.Machines) == 0 {
+		t.consolidate(w)
+	}
 	return t.retry(w)
 }
 
