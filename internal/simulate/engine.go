@@ -139,7 +139,7 @@ type engine struct {
 // peek is the time of the next event.
 func (e *engine) peek() (Time, bool) {
 	at, ok := Time(0), false
-	if e.next < len(e.trace.Requests) {
+	if e.next < len(e.trace.Requests) && e.trace.Requests[e.next].Arrive <= e.meter.end {
 		at, ok = e.trace.Requests[e.next].Arrive, true
 	}
 	if len(e.events.list) > 0 && (!ok || e.events.list[0].at < at) {
@@ -180,7 +180,7 @@ func (e *engine) run(ctx context.Context) (Report, error) {
 
 // step does the next event: of those at the same time, what frees comes first.
 func (e *engine) step() error {
-	if q := e.events.list; len(q) > 0 && q[0].at <= e.now && (q[0].kind < evArrive || e.next >= len(e.trace.Requests) || e.trace.Requests[e.next].Arrive > e.now) {
+	if q := e.events.list; len(q) > 0 && q[0].at <= e.now && (q[0].kind < evArrive || e.next >= len(e.trace.Requests) || e.trace.Requests[e.next].Arrive > min(e.now, e.meter.end)) {
 		return e.handle(heap.Pop(&e.events).(event))
 	}
 	q := &e.trace.Requests[e.next]

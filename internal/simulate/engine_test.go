@@ -185,6 +185,19 @@ func TestWarmupIsExcluded(t *testing.T) {
 	}
 }
 
+func TestUntilCutsTheTrace(t *testing.T) {
+	trace := traceOf(request("a", 0, 7200, 1000, 1), request("b", 3601, 3600, 1000, 1))
+	trace.Until = 3600 * 1000
+	r, _, err := play(t, trace, smallHosts(), &single{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	near(t, "machine-hours", r.MachineHours, 1)
+	if r.Decisions != 1 || r.Rejected != 0 {
+		t.Errorf("got %+v", r)
+	}
+}
+
 func TestAPolicyThatBreaksARuleEndsTheRun(t *testing.T) {
 	boot := func(w *World, cpu int64, group string) *Machine {
 		return w.Boot(w.PowerOn(Size{}), group, false, Size{cpu, 2 * gib})

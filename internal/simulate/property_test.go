@@ -47,6 +47,9 @@ func TestAccountingEqualsTheTranscript(t *testing.T) {
 				} else if end == 0 {
 					tr.Until = 1000
 				}
+				if until := rapid.Int64Range(0, int64(tr.End())).Draw(t, "until"); Time(until) > At(o.Warmup) && rapid.Bool().Draw(t, "cut") {
+					tr.Until = Time(until)
+				}
 				ticks := time.Duration(0)
 				o.Stopwatch = func() time.Duration { ticks += 700; return ticks }
 				var out bytes.Buffer
