@@ -153,3 +153,28 @@ func FuzzCheck(f *testing.F) {
 		Check(ctx, bytes.NewReader(in), "fuzz")
 	})
 }
+
+// The same trace and options give the same transcript, byte for byte.
+func TestTheSameTwice(t *testing.T) {
+	for _, m := range makers {
+		t.Run(m.name, func(t *testing.T) {
+			rapid.Check(t, func(t *rapid.T) {
+				tr := anyTrace(t)
+				tr.Until = max(tr.End(), 1000)
+				var runs [2]string
+				for i := range runs {
+					var out bytes.Buffer
+					o := smallHosts()
+					o.Policy, o.Baselines, o.Transcript = m.name, []string{}, &out
+					if _, err := Run(context.Background(), tr, o); err != nil {
+						t.Fatal(err)
+					}
+					runs[i] = out.String()
+				}
+				if runs[0] != runs[1] {
+					t.Fatal(firstDifference(runs[0], runs[1]))
+				}
+			})
+		})
+	}
+}
