@@ -13,9 +13,10 @@ const (
 	tandemIdle = Time(0)          // an empty machine is kept that long
 	spareHosts = 4                // powered-off hosts that the planner is told of
 	maxCredit  = 1000             // moves saved up at most
-	// The part of what is on that may be unused without anything being moved for
-	// it, as load comes back: less, the more moves are saved up for each host.
-	leaveMost, leaveLeast = 0.07, 0.05
+	// tandemLeave is the part of what is on that may be unused without anything
+	// being moved for it: load comes back. Less of it was measured to need more
+	// moves and more hosts.
+	tandemLeave = 0.07
 )
 
 // tandem is Tandem itself: the real planner, asked at each event as the
@@ -224,8 +225,7 @@ func (t *tandem) consolidate(w *World) {
 	q := planner.Consolidate{PowerOff: true, Leave: 1}
 	if w.Now() >= t.fold && len(t.todo) == 0 {
 		t.fold = w.Now() + tandemFold
-		saved := t.credit / float64(len(w.Hosts())+1)
-		q.Leave = leaveMost - (leaveMost-leaveLeast)*max(0, min(1, saved-0.25))
+		q.Leave = tandemLeave
 		if q.Budget = (planner.Budget{Containers: int(t.credit), Bytes: -1}); t.o.Budget < 0 {
 			q.Budget.Containers, q.Leave = -1, 0
 		}
