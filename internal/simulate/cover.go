@@ -30,6 +30,8 @@ type cover struct {
 type slots struct {
 	fit fit
 	at  []*Machine // in the order of booting
+	// home says on which hosts they are.
+	home map[int]bool
 }
 
 // opened is a machine that the attempt has booted.
@@ -87,11 +89,12 @@ func (k *cover) prepareGroups() {
 			}
 			g := k.groups[m.Project]
 			if g == nil {
-				g = &slots{}
+				g = &slots{home: map[int]bool{}}
 				k.groups[m.Project] = g
 			}
 			if m.Up && m.target == nil {
 				g.at = append(g.at, m)
+				g.home[h.pos] = true
 			}
 		}
 	}
@@ -179,8 +182,8 @@ func (k *cover) containers(h *Host, overhead Size) bool {
 	return false
 }
 
-// place finds a free slot, room in a machine that the attempt booted, room for a
-// new machine, or room beside a machine of the group that can grow.
+// place finds a free slot, room in a machine that the attempt booted, room beside
+// a machine of the group that can grow, or room for a new machine.
 func (k *cover) place(c *Container, overhead Size) bool {
 	group := c.Machine.Project
 	own := c.Machine.Own
@@ -197,6 +200,12 @@ func (k *cover) place(c *Container, overhead Size) bool {
 				k.take(&k.hosts, o.host, c.Need)
 				return true
 			}
+		}
+	}
+	if k.resizable && !own && g != nil {
+		if i := k.host(c.Need); i >= 0 && g.home[i] {
+			k.take(&k.hosts, i, c.Need)
+			return true
 		}
 	}
 	i := k.host(c.Need.add(overhead))
