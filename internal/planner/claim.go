@@ -33,12 +33,20 @@ func standNeed(g *host, m *machine, sum Size) Size {
 	return bootSize(g, sum).add(g.MachineExtra)
 }
 
+// claimAt is the number of f's claim in g's list, -1 if it has none.
+func claimAt(f, g *host) int {
+	for i := range f.grants {
+		if f.grants[i].on == g {
+			return f.grants[i].at
+		}
+	}
+	return -1
+}
+
 // claimed is f's claim on g.
 func claimed(f, g *host) Size {
-	for _, x := range f.grants {
-		if x.on == g {
-			return g.claims[x.at].size
-		}
+	if at := claimAt(f, g); at >= 0 {
+		return g.claims[at].size
 	}
 	return Size{}
 }
@@ -67,32 +75,13 @@ func standDelta(c *container, g *host) Size {
 	return standNeed(g, c.machine, sum.add(c.need)).sub(had)
 }
 
-// reserveWith is g's reserve if f's claim were of that size.
+// reserveWith is g's reserve if f's claim were of that size, and not broken.
 func (s *State) reserveWith(f, g *host, size Size) Size {
 	if s.policy.HostLosses < 2 {
 		// Only used to raise a claim: the largest of the others is at most the reserve.
 		return g.reserve.max(size)
 	}
-	var one, two Size
-	see := func(v Size) {
-		if v.CPU > one.CPU {
-			one.CPU, two.CPU = v.CPU, one.CPU
-		} else {
-			two.CPU = max(two.CPU, v.CPU)
-		}
-		if v.Memory > one.Memory {
-			one.Memory, two.Memory = v.Memory, one.Memory
-		} else {
-			two.Memory = max(two.Memory, v.Memory)
-		}
-	}
-	for i := range g.claims {
-		if g.claims[i].from != f {
-			see(g.claims[i].size)
-		}
-	}
-	see(size)
-	return one.add(two)
+	return g.tops.without(claimAt(f, g)).merge(top{one: size}).together(s.policy.HostLosses)
 }
 
 // setClaim changes f's claim on g by delta and keeps g's reserve right.
@@ -108,8 +97,7 @@ func (s *State) setClaim(f, g *host, delta Size) {
 		}
 	}
 	at := f.grants[i].at
-	old := g.claims[at].size
-	now := old.add(delta)
+	now := g.claims[at].size.add(delta)
 	g.claims[at].size = now
 	if now.zero() {
 		last := len(g.claims) - 1
@@ -118,27 +106,34 @@ func (s *State) setClaim(f, g *host, delta Size) {
 			g.claims[at] = moved
 			j := slices.IndexFunc(moved.from.grants, func(x grant) bool { return x.on == g })
 			moved.from.grants[j].at = at
+			g.enter(at)
 		}
+		g.tops.set(last, Size{})
 		g.claims = g.claims[:last]
 		f.grants = slices.Delete(f.grants, i, i+1)
 		if last == 0 {
 			s.standing = removeByID(s.standing, g)
 		}
+	} else {
+		g.enter(at)
 	}
-	was := g.reserve
-	switch {
-	case s.policy.HostLosses > 1:
-		g.reserve = s.reserveWith(nil, g, Size{})
-	case old.fits(now):
-		g.reserve = g.reserve.max(now)
-	case old.CPU == was.CPU && now.CPU < old.CPU || old.Memory == was.Memory && now.Memory < old.Memory:
-		g.reserve = Size{}
-		for j := range g.claims {
-			g.reserve = g.reserve.max(g.claims[j].size)
-		}
+	s.keepBack(g)
+}
+
+// enter counts claim number at, unless it is broken.
+func (h *host) enter(at int) {
+	x := h.claims[at]
+	if h.breaks(x.from) {
+		x.size = Size{}
 	}
-	if g.reserve != was {
-		s.reindexHost(g)
+	h.tops.set(at, x.size)
+}
+
+// keepBack follows a change of what claims h has.
+func (s *State) keepBack(h *host) {
+	if now := h.tops.root().together(s.policy.HostLosses); now != h.reserve {
+		h.reserve = now
+		s.reindexHost(h)
 	}
 }
 
@@ -247,43 +242,10 @@ func (s *State) lowerClaim(f, h *host, limit Size, undo *journal) bool {
 	return claimed(f, h).fits(limit)
 }
 
-// shed gives up standby places on h until need fits: after a loss what was lost
-// comes before what may be lost next. Who stood by there is exposed.
-func (s *State) shed(h *host, need Size, undo *journal) bool {
-	limit := h.free().sub(need)
-	if !(Size{}).fits(limit) {
-		return false
-	}
-	each := limit
-	if s.policy.HostLosses > 1 {
-		each = Size{limit.CPU / 2, limit.Memory / 2}
-	}
-	for _, f := range h.above(each) {
-		for _, c := range f.all.members {
-			if claimed(f, h).fits(each) {
-				break
-			}
-			for slot := range c.standby {
-				if c.standby[slot] != h {
-					continue
-				}
-				s.unstand(c, slot)
-				undo.note(func() { s.unstand(c, slot) }, func() { s.stand(c, slot, h) })
-				s.expose(c, undo)
-			}
-		}
-	}
-	return h.reserve.fits(limit)
-}
-
-// above is the hosts whose claims on h are larger than that, by id.
+// above is the hosts whose claims on h are kept and larger than that, by id.
 func (h *host) above(size Size) []*host {
 	var from []*host
-	for i := range h.claims {
-		if !h.claims[i].size.fits(size) {
-			from = append(from, h.claims[i].from)
-		}
-	}
+	h.tops.above(size, func(i int) { from = append(from, h.claims[i].from) })
 	slices.SortFunc(from, func(a, b *host) int { return cmp.Compare(a.ID, b.ID) })
 	return from
 }

@@ -230,7 +230,7 @@ func (d *decision) commitMigrate(a *Action, h *host, m *machine, stale func(stri
 	if x := d.migrateRules(m, h, a.To, a.Kind == Restart); !x.ok() {
 		return stale("%s (%s)", h.ID, x.rule)
 	}
-	if !d.migrate(m, h, a.To) {
+	if !d.migrate(m, h, a.To, true) {
 		return stale("%s has no room for it that the guarantee allows", h.ID)
 	}
 	return nil

@@ -20,6 +20,7 @@ const (
 	maxStanding   = 512
 	maxClaims     = 4096
 	maxSecured    = 16 // options tried against the guarantee
+	maxShifted    = 64 // claims shifted in a plan that is in a hurry
 )
 
 // decision is a plan in the making. It works on the state itself and takes
@@ -38,12 +39,16 @@ type decision struct {
 	noPower bool // hosts stay as they are
 	noBoot  bool // machines that are there must do
 	relaxed bool // after a loss: the guarantee is kept where it can be
+	hurry   bool // after a loss: who keeps what back is seen to later
+	shifted int  // claims that others were asked to keep back, in a hurry
 	evict   bool // batch work may give way
 	// replicas is where the service of the container being decided runs.
 	replicas map[*host]int
 	only     *host // nothing but this host
 	not      *host // anything but this host
 	nor      *host // nor this
+	// tooLarge is what machines of a lost host needed that found none.
+	tooLarge []Size
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about
@@ -297,7 +302,24 @@ func (d *decision) roomFor(a *candidate, c *container) bool {
 	case PlaceM:
 		want = c.need
 	}
-	return want.fits(a.host.avail()) || d.s.makeRoom(a.host, want, &d.undo) || d.relaxed && d.s.shed(a.host, want, &d.undo)
+	return want.fits(a.host.avail()) || d.takeReserve(a.host, want)
+}
+
+// takeReserve makes room on h out of what is kept back there: others keep it back or,
+// where the guarantee may be given up, nobody does.
+func (d *decision) takeReserve(h *host, need Size) bool {
+	limit := h.free().sub(need)
+	if !(Size{}).fits(limit) {
+		return false
+	}
+	if d.hurry {
+		// Shifting the claims of a whole cluster takes its time, which whoever waits
+		// for a new place after a loss hasn't got.
+		if d.shifted += len(h.above(limit)); d.shifted > maxShifted {
+			return d.s.shed(h, need, &d.undo)
+		}
+	}
+	return d.s.makeRoom(h, need, &d.undo) || d.relaxed && d.s.shed(h, need, &d.undo)
 }
 
 // power switches hosts on until one of the options works out.

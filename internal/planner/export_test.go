@@ -60,6 +60,12 @@ func summary(s *State) map[string]any {
 		}
 		slices.Sort(ports)
 		out["host "+id] = []any{h.machinesSize, h.metalSize, ids(h.machines), h.all.summary(), h.metal.summary(), ports, h.indexed}
+		claims := []string{}
+		for _, x := range h.claims {
+			claims = append(claims, fmt.Sprint(x.from.ID, x.size, h.breaks(x.from)))
+		}
+		slices.Sort(claims)
+		out["guarantee "+id] = []any{claims, h.reserve, ids(h.shadows), ids(h.broken.first(h.broken.n))}
 	}
 	for id, m := range s.machines {
 		out["machine "+id] = []any{m.Machine, m.sum, m.in.summary(), m.indexed}
@@ -78,6 +84,7 @@ func summary(s *State) map[string]any {
 		slices.Sort(list)
 		out[fmt.Sprint("service ", k)] = list
 	}
+	out["exposed"], out["breakers"], out["standing"] = ids(s.exposed.first(s.exposed.n)), ids(s.breakers), ids(s.standing)
 	keys := slices.SortedFunc(maps.Keys(s.groups), func(a, b groupKey) int {
 		return cmp.Or(cmp.Compare(a.isolation, b.isolation), cmp.Compare(a.project, b.project))
 	})

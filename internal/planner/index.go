@@ -134,6 +134,27 @@ func (o *ordered[T]) remove(t T) {
 	}
 }
 
+// has says whether the one with that id is in.
+func (o *ordered[T]) has(id string) bool {
+	if o.n == 0 {
+		return false
+	}
+	_, ok := slices.BinarySearchFunc(o.runs[o.run(id)], id, compareID[T])
+	return ok
+}
+
+// first is the first n in order, fewer if there are not so many.
+func (o *ordered[T]) first(n int) []T {
+	out := make([]T, 0, min(n, o.n))
+	o.all(func(t T) bool {
+		if len(out) < n {
+			out = append(out, t)
+		}
+		return len(out) < n
+	})
+	return out
+}
+
 // all calls yield with each in order until it says stop, and says whether it did not.
 func (o *ordered[T]) all(yield func(T) bool) bool {
 	for _, r := range o.runs {

@@ -15,7 +15,7 @@ func (s *State) hostLost(ids []string) (*Plan, error) {
 		return nil, err
 	}
 	d := s.decision()
-	d.relaxed, d.evict = true, s.policy.Evict
+	d.relaxed, d.hurry, d.evict = true, true, s.policy.Evict
 	defer d.back()
 	for _, h := range hosts {
 		was := h.Down
@@ -78,10 +78,29 @@ func (m *machine) class() Class {
 	return Batch
 }
 
-// restart starts m on the host where all of it stands by, or on any that takes it.
+// restart starts m again as a whole: on the host where all of it stands by, or on any
+// that has room which is kept back for nobody, so that the other hosts keep their
+// standby hosts. Only then does it take, where it stands by, what others keep back.
 func (d *decision) restart(m *machine) bool {
-	s := d.s
-	from, size := m.host, m.Size
+	first := m.standby()
+	if first != nil && d.startOn(m, first, "where it stood by", false) {
+		return true
+	}
+	size := m.restartSize
+	if !d.hopeless(m) {
+		f := &finder{d: d}
+		for _, t := range d.targets(f, m, size, true) {
+			if d.startOn(m, t.h, "which has room for it", false) {
+				return true
+			}
+		}
+		d.learn(m, f)
+	}
+	return first != nil && d.startOn(m, first, "where it stood by", true)
+}
+
+// standby is the host where all of m stands by; nil: there is none.
+func (m *machine) standby() *host {
 	var first *host
 	for i, c := range m.in.members {
 		var g *host
@@ -91,56 +110,69 @@ func (d *decision) restart(m *machine) bool {
 				break
 			}
 		}
-		if i == 0 {
-			first = g
-		} else if g != first {
-			first = nil
+		if g == nil || i > 0 && g != first {
+			return nil
+		}
+		first = g
+	}
+	return first
+}
+
+// restartSize is the size in which m starts again on g.
+func (m *machine) restartSize(g *host) Size {
+	to := bootSize(g, m.sum)
+	if m.Pinned || len(m.in.members) == 0 {
+		to = to.max(m.Size)
+	}
+	return to.max(m.Min)
+}
+
+// startOn starts m again on g; force takes what is kept back there.
+func (d *decision) startOn(m *machine, g *host, why string, force bool) bool {
+	s, from, size, to := d.s, m.host, m.Size, m.restartSize(g)
+	if x := d.migrateRules(m, g, to, true); !x.ok() {
+		return false
+	}
+	k := d.mark()
+	if !d.migrate(m, g, to, force) || !s.fitsNow(g) {
+		d.reset(k)
+		return false
+	}
+	d.actions = append(d.actions, Action{Kind: Restart, Machine: m.ID, Host: g.ID, FromHost: from.ID, From: size, To: to,
+		Seconds: g.Capabilities.BootSeconds,
+		Reason:  Reason{Summary: fmt.Sprintf("%s was lost: %s starts again on %s, %s, with the %d in it", from.ID, m.ID, g.ID, why, len(m.in.members))}})
+	return true
+}
+
+// hopeless says whether a machine that needed no more than m found no host for want
+// of room. Room does not come back while a loss is planned.
+func (d *decision) hopeless(m *machine) bool {
+	return slices.ContainsFunc(d.tooLarge, func(x Size) bool { return x.fits(m.restartNeed()) })
+}
+
+func (m *machine) restartNeed() Size {
+	if m.Pinned || len(m.in.members) == 0 {
+		return m.Size.max(m.Min)
+	}
+	return m.sum.max(m.Min)
+}
+
+// learn keeps that m found no host, if nothing but room was missing.
+func (d *decision) learn(m *machine, f *finder) {
+	for i := range f.misses {
+		switch f.misses[i].rule {
+		case RuleCPU, RuleMemory, RuleFailover:
+		default:
+			return
 		}
 	}
-	try := func(g *host, why string) bool {
-		to := bootSize(g, m.sum)
-		if m.Pinned || len(m.in.members) == 0 {
-			to = to.max(size)
-		}
-		to = to.max(m.Min)
-		if x := d.migrateRules(m, g, to, true); !x.ok() {
-			return false
-		}
-		k := d.mark()
-		if !d.migrate(m, g, to) || !s.fitsNow(g) {
-			d.reset(k)
-			return false
-		}
-		d.actions = append(d.actions, Action{Kind: Restart, Machine: m.ID, Host: g.ID, FromHost: from.ID, From: size, To: to,
-			Seconds: g.Capabilities.BootSeconds,
-			Reason:  Reason{Summary: fmt.Sprintf("%s was lost: %s starts again on %s, %s, with the %d in it", from.ID, m.ID, g.ID, why, len(m.in.members))}})
-		return true
+	if need := m.restartNeed(); len(d.tooLarge) < maxExplained {
+		d.tooLarge = append(d.tooLarge, need)
 	}
-	if first != nil && try(first, "where it stood by") {
-		return true
-	}
-	if first == nil && len(m.in.members) > 0 && s.coveredAll(m) {
-		return false // its parts have their places
-	}
-	for _, t := range d.targets(m, m.Size, true) {
-		if try(t.h, "which has room for it") {
-			return true
-		}
-	}
-	return false
 }
 
 // fitsNow says whether what runs on g fits, whatever g keeps back.
 func (s *State) fitsNow(g *host) bool { return (Size{}).fits(g.free()) }
-
-func (s *State) coveredAll(m *machine) bool {
-	for _, c := range m.in.members {
-		if c.standby[0] == nil {
-			return false
-		}
-	}
-	return true
-}
 
 // scatter places the containers of a machine that does not start again as a whole.
 func (d *decision) scatter(m *machine) {

@@ -9,7 +9,7 @@ import (
 // remove takes a placed container away in the tentative state, its standby hosts
 // too.
 func (d *decision) remove(c *container) {
-	h, m, standby, exposed := c.host, c.machine, c.standby, d.s.exposed[c]
+	h, m, standby, exposed := c.host, c.machine, c.standby, c.exposed
 	d.s.unplace(c)
 	d.undo.note(func() { d.s.unplace(c) }, func() {
 		d.s.place(c, h, m)
@@ -18,16 +18,15 @@ func (d *decision) remove(c *container) {
 				d.s.stand(c, slot, g)
 			}
 		}
-		if exposed {
-			d.s.exposed[c] = true
-		}
+		d.s.setExposed(c, exposed)
 	})
 }
 
 // migrate takes a machine with all that is in it to another host in the tentative
 // state, in that size; it says whether there is room and the guarantee holds, and
-// leaves the rest to the caller's rollback.
-func (d *decision) migrate(m *machine, h *host, to Size) bool {
+// leaves the rest to the caller's rollback. force takes, if need be, what others keep
+// back there.
+func (d *decision) migrate(m *machine, h *host, to Size, force bool) bool {
 	s := d.s
 	inside := slices.Clone(m.in.members)
 	type was struct {
@@ -36,7 +35,7 @@ func (d *decision) migrate(m *machine, h *host, to Size) bool {
 	}
 	before := make([]was, len(inside))
 	for i, c := range inside {
-		before[i] = was{c.standby, s.exposed[c]}
+		before[i] = was{c.standby, c.exposed}
 		s.release(c)
 	}
 	old, size, ceiling := m.host, m.Size, m.Ceiling
@@ -58,12 +57,10 @@ func (d *decision) migrate(m *machine, h *host, to Size) bool {
 					s.stand(c, slot, g)
 				}
 			}
-			if before[i].exposed {
-				s.exposed[c] = true
-			}
+			s.setExposed(c, before[i].exposed)
 		}
 	})
-	if !s.makeRoom(h, Size{}, &d.undo) && !(d.relaxed && s.shed(h, Size{}, &d.undo)) {
+	if !h.reserve.fits(h.free()) && !(force && d.takeReserve(h, Size{})) {
 		return false
 	}
 	for _, c := range inside {
@@ -363,12 +360,15 @@ func (d *decision) migrateAway(m *machine, b *budget, why string) bool {
 	}
 	from, size := m.host, m.Size
 	k := d.mark()
-	for _, o := range d.targets(m, m.Size, false) {
-		if d.migrate(m, o.h, m.Size) {
+	f := &finder{d: d}
+	found := d.targets(f, m, func(*host) Size { return size }, false)
+	for i, o := range found {
+		if d.migrate(m, o.h, size, true) {
+			r := f.targetReason(m, found, i)
+			r.Summary = fmt.Sprintf("%s: %s goes to %s while it runs, with the %d in it", why, m.ID, o.h.ID, len(m.in.members))
 			b.spend(len(m.in.members), 1, size.Memory)
 			d.actions = append(d.actions, Action{Kind: Migrate, Machine: m.ID, Host: o.h.ID, FromHost: from.ID, From: size, To: size, Bytes: size.Memory,
-				Seconds: from.Capabilities.MoveSecondsGiB * float64(size.Memory) / gib, Cost: o.cost,
-				Reason: Reason{Summary: fmt.Sprintf("%s: %s goes to %s while it runs, with the %d in it", why, m.ID, o.h.ID, len(m.in.members)), Options: o.options, Exclusions: o.excluded}})
+				Seconds: from.Capabilities.MoveSecondsGiB * float64(size.Memory) / gib, Cost: o.cost, Reason: r})
 			return true
 		}
 		d.reset(k)
@@ -378,26 +378,27 @@ func (d *decision) migrateAway(m *machine, b *budget, why string) bool {
 
 // target is a host that would take a machine.
 type target struct {
-	h        *host
-	cost     float64
-	options  []Option
-	excluded []Exclusion
+	h    *host
+	cost float64
 }
 
-// targets is the hosts that take m in that size, cheapest first, at most maxSecured.
-func (d *decision) targets(m *machine, to Size, restart bool) []target {
+// targets is the hosts that take m in the size that it gets there, cheapest first, at
+// most maxSecured. f takes why others don't.
+func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart bool) []target {
 	s := d.s
 	var out []target
-	f := &finder{d: d}
 	looked := 0
-	s.open.fitting(to, func(h *host) bool {
+	s.open.fitting(m.sum, func(h *host) bool {
 		if h == d.not || h == m.host {
 			return true
 		}
 		looked++
-		x := d.migrateRules(m, h, to, restart)
-		if x.ok() && !to.add(h.MachineExtra).fits(h.avail()) {
-			x = s.hostMiss(to.add(h.MachineExtra), h)
+		to := size(h)
+		var x miss
+		if whole := to.add(h.MachineExtra); !whole.fits(h.avail()) {
+			x = s.hostMiss(whole, h)
+		} else {
+			x = d.migrateRules(m, h, to, restart)
 		}
 		if !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
@@ -410,19 +411,20 @@ func (d *decision) targets(m *machine, to Size, restart bool) []target {
 		for at > 0 && t.cost < out[at-1].cost {
 			at--
 		}
-		out = slices.Insert(out, at, t)
-		out = out[:min(len(out), maxSecured)]
+		if at < maxSecured {
+			out = slices.Insert(out, at, t)
+			out = out[:min(len(out), maxSecured)]
+		}
 		return looked < maxExamined
 	})
-	var options []Option
-	for i, t := range out[:min(len(out), maxOptions)] {
-		options = append(options, Option{Action: string(Migrate), Machine: m.ID, Host: t.h.ID, Cost: t.cost, Chosen: i == 0})
-	}
-	for i := range out {
-		out[i].options, out[i].excluded = slices.Clone(options), f.list()
-		for j := range out[i].options {
-			out[i].options[j].Chosen = j == i
-		}
-	}
 	return out
+}
+
+// targetReason gives number i of the targets of m its reason.
+func (f *finder) targetReason(m *machine, out []target, i int) Reason {
+	r := Reason{Exclusions: f.list()}
+	for j, t := range out[:min(len(out), maxOptions)] {
+		r.Options = append(r.Options, Option{Action: string(Migrate), Machine: m.ID, Host: t.h.ID, Cost: t.cost, Chosen: j == i})
+	}
+	return r
 }

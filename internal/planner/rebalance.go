@@ -26,6 +26,7 @@ func (s *State) rebalance(limit Budget) (*Plan, error) {
 // coverAll switches hosts on until everything covered has its standby hosts.
 func (d *decision) coverAll() {
 	s := d.s
+	s.healAll(&d.undo)
 	for _, c := range s.exposedList() {
 		if s.secure(c, &d.undo) {
 			continue
@@ -39,11 +40,11 @@ func (d *decision) coverAll() {
 			d.power1(h, false)
 			d.actions = append(d.actions, Action{Kind: PowerOn, Host: h.ID, Seconds: h.Capabilities.PowerOnSeconds, Cost: WeightPowerOn,
 				Reason: Reason{Summary: "switched " + h.ID + " on: " + c.ID + " has nowhere to go when its host is lost"}})
-			before := len(s.exposed)
+			before := s.exposed.n
 			if s.secure(c, &d.undo) {
 				break
 			}
-			if len(s.exposed) >= before && s.policy.HostLosses == 1 {
+			if s.exposed.n >= before && s.policy.HostLosses == 1 {
 				d.reset(k)
 				break
 			}

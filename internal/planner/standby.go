@@ -35,7 +35,7 @@ func (c *container) ruled() bool { return len(c.Ports) > 0 || len(c.Anti) > 0 }
 
 // canStand says whether g may be another standby host of c, capacity included.
 func (s *State) canStand(c *container, g *host) bool {
-	if g == c.host || g == c.standby[0] || g == c.standby[1] || !g.takes() {
+	if g == c.host || g == c.standby[0] || g == c.standby[1] || !g.takes() || g.breaks(c.host) {
 		return false
 	}
 	now := claimed(c.host, g).add(standDelta(c, g))
@@ -129,7 +129,8 @@ func (s *State) secure(c *container, undo *journal) bool {
 		return true
 	}
 	for slot := range s.policy.HostLosses {
-		if c.standby[slot] != nil {
+		was := c.standby[slot]
+		if was != nil && !s.void(c, slot) {
 			continue
 		}
 		g := s.findStandby(c, nil, false)
@@ -137,28 +138,46 @@ func (s *State) secure(c *container, undo *journal) bool {
 			s.expose(c, undo)
 			return false
 		}
+		if was != nil {
+			s.unstand(c, slot)
+			s.stand(c, slot, g)
+			s.restood(c, slot, was, g, undo)
+			continue
+		}
 		s.stand(c, slot, g)
 		undo.note(func() { s.stand(c, slot, g) }, func() { s.unstand(c, slot) })
 	}
-	if s.exposed[c] {
-		delete(s.exposed, c)
-		undo.note(func() { delete(s.exposed, c) }, func() { s.exposed[c] = true })
+	if c.exposed {
+		s.setExposed(c, false)
+		undo.note(func() { s.setExposed(c, false) }, func() { s.setExposed(c, true) })
 	}
 	return true
 }
 
 func (s *State) expose(c *container, undo *journal) {
-	if !s.exposed[c] {
-		s.exposed[c] = true
-		undo.note(func() { s.exposed[c] = true }, func() { delete(s.exposed, c) })
+	if !c.exposed {
+		s.setExposed(c, true)
+		undo.note(func() { s.setExposed(c, true) }, func() { s.setExposed(c, false) })
 	}
+}
+
+func (s *State) setExposed(c *container, v bool) {
+	switch {
+	case v == c.exposed:
+		return
+	case v:
+		s.exposed.insert(c)
+	default:
+		s.exposed.remove(c)
+	}
+	c.exposed = v
 }
 
 // release takes all of c's claims back.
 func (s *State) release(c *container) {
 	s.unstand(c, 1)
 	s.unstand(c, 0)
-	delete(s.exposed, c)
+	s.setExposed(c, false)
 }
 
 // dismiss finds other standby hosts for all that stands by on h; it says whether
@@ -223,26 +242,23 @@ func (s *State) restood(c *container, slot int, h, g *host, undo *journal) {
 	undo.note(change(g), change(h))
 }
 
-// mend tries again for containers that have no standby host, after an event that
-// may have made room.
-func (s *State) mend() {
-	if len(s.exposed) == 0 {
-		return
-	}
-	tried := 0
-	for _, c := range s.exposedList() {
-		if tried++; tried > 8 || !s.secure(c, nil) {
-			return
-		}
-	}
-}
-
+// exposedList is what is covered and without all its standby hosts, by id.
 func (s *State) exposedList() []*container {
-	list := make([]*container, 0, len(s.exposed))
-	for c := range s.exposed {
-		list = append(list, c)
+	list := s.exposed.first(s.exposed.n)
+	for _, g := range s.breakers {
+		g.broken.all(func(f *host) bool {
+			for _, c := range f.all.members {
+				if !c.exposed && (c.standby[0] == g || c.standby[1] == g) {
+					list = append(list, c)
+				}
+			}
+			return true
+		})
 	}
-	slices.SortFunc(list, func(a, b *container) int { return cmp.Compare(a.ID, b.ID) })
+	if len(s.breakers) > 0 {
+		slices.SortFunc(list, func(a, b *container) int { return cmp.Compare(a.ID, b.ID) })
+		list = slices.Compact(list)
+	}
 	return list
 }
 
@@ -264,6 +280,7 @@ func (s *State) SetPolicy(p Policy) error {
 	for _, c := range list {
 		s.release(c)
 	}
+	s.healAll(nil)
 	s.policy = p
 	for _, c := range list {
 		s.secure(c, nil)

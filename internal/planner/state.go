@@ -22,7 +22,8 @@ type State struct {
 	perKind    [4]int              // machines by isolation
 	off        []*host             // switched off, by id
 	standing   []*host             // with claims on them, by id
-	exposed    map[*container]bool // covered, and without all their standby hosts
+	exposed    ordered[*container] // covered, and without all their standby hosts
+	breakers   []*host             // with broken claims on them, by id
 	policy     Policy
 	pools      map[string]*pool
 	quotas     map[string]*quota
@@ -45,14 +46,16 @@ type host struct {
 	ports        map[portKey][]*container
 	key          uint32
 	indexed      bool
-	counted      Size         // its share of State.total
-	spent        Size         // its share of State.taken
-	worked       Size         // its share of State.busy
-	claims       []claim      // what would come here from where
-	grants       []grant      // where its own would go, by id
-	batch        int          // batch containers
-	reserve      Size         // kept back for claims
-	shadows      []*container // standing by here with rules of their own, by id
+	counted      Size           // its share of State.total
+	spent        Size           // its share of State.taken
+	worked       Size           // its share of State.busy
+	claims       []claim        // what would come here from where
+	tops         tops           // the largest of those that are not broken
+	broken       ordered[*host] // whose claims are not kept any more
+	grants       []grant        // where its own would go, by id
+	batch        int            // batch containers
+	reserve      Size           // kept back for claims
+	shadows      []*container   // standing by here with rules of their own, by id
 }
 
 type machine struct {
@@ -75,6 +78,7 @@ type container struct {
 	machine *machine
 	standby [2]*host
 	plain   bool // brings no rules on where it goes
+	exposed bool // in State.exposed
 }
 
 func (h *host) id() string               { return h.ID }
@@ -139,7 +143,6 @@ func New() *State {
 		users:      map[string][]*container{},
 		services:   map[serviceKey]map[*host]int{},
 		groups:     map[groupKey]*group{},
-		exposed:    map[*container]bool{},
 		zones:      map[zoneKey]int{},
 		zoneAnti:   map[string][]*container{},
 		pools:      map[string]*pool{},
@@ -206,6 +209,7 @@ func (s *State) RemoveHost(id string) {
 	s.unindexHost(h)
 	h.Off = true // takes nothing any more
 	s.dismiss(h, nil)
+	s.forget(h)
 	delete(s.hosts, id)
 	s.mend()
 }
@@ -383,9 +387,12 @@ func (s *State) Clone() *State {
 				n.stand(k, slot, n.hosts[g.ID])
 			}
 		}
-		if s.exposed[c] {
-			n.exposed[k] = true
-		}
+		n.setExposed(k, c.exposed)
+	}
+	for _, h := range s.breakers {
+		var from []*host
+		h.broken.all(func(f *host) bool { from = append(from, n.hosts[f.ID]); return true })
+		n.breakClaims(n.hosts[h.ID], from, true)
 	}
 	for _, p := range slices.Sorted(maps.Keys(s.pools)) {
 		n.setPool(s.pools[p].Pool)
