@@ -128,18 +128,43 @@ func BenchmarkPlaceAnti(b *testing.B) {
 	}
 }
 
-// BenchmarkHostLost plans the loss of a host with 200 machines in the largest state.
+// BenchmarkHostLost plans the loss of a host with 200 machines in the largest state:
+// with room on the other hosts, and with none but what two spare hosts keep back for
+// everybody.
 func BenchmarkHostLost(b *testing.B) {
+	for _, full := range []bool{false, true} {
+		for _, inside := range []int{1, 10} {
+			b.Run(fmt.Sprintf("full=%v/containers=%d", full, 200*inside), func(b *testing.B) { benchLost(b, full, inside) })
+		}
+	}
+}
+
+func benchLost(b *testing.B, full bool, inside int) {
 	s := fill(b, 10000, 1)
+	if full {
+		for h := range 10000 {
+			must(b, s.SetHost(testHost(fmt.Sprintf("h-%05d", h), 81000, 10*(16*gib+80*mib))))
+		}
+	}
 	h := testHost("lost", 96000*2, 256*gib*2)
 	h.MachineExtra, h.GuestExtra = planner.Size{}, planner.Size{}
 	must(b, s.SetHost(h))
+	for i := range 2 {
+		must(b, s.SetHost(testHost(fmt.Sprintf("spare-%d", i), 192000, 256*gib)))
+	}
 	for m := range 200 {
 		id := fmt.Sprintf("lost-%d", m)
 		project := fmt.Sprintf("p-%d", m)
 		must(b, s.SetMachine(planner.Machine{ID: id, Host: "lost", Project: project, Size: planner.Size{CPU: 900, Memory: gib}, Ceiling: planner.Size{CPU: 900, Memory: gib}}))
-		must(b, s.SetContainer(planner.Container{ID: id + "-c", Project: project, Machine: id, Request: planner.Size{CPU: 300, Memory: gib / 2}}))
+		for c := range inside {
+			must(b, s.SetContainer(planner.Container{ID: fmt.Sprintf("%s-%d", id, c), Project: project, Machine: id,
+				Request: planner.Size{CPU: int64(300 / inside), Memory: int64(512 / inside * mib)}}))
+		}
 	}
+	if ok, who := s.Survives(); !ok {
+		b.Fatal(len(who), "containers have nowhere to go")
+	}
+	b.ReportAllocs()
 	for b.Loop() {
 		p, err := s.Decide(planner.Question{HostLost: []string{"lost"}})
 		must(b, err)
