@@ -88,6 +88,9 @@ func (s *State) place(c *container, h *host, m *machine) {
 		s.services[k][h]++
 		s.zones[zoneKey{k, h.Zone}]++
 	}
+	if len(c.Anti) > 0 {
+		s.antis[c.Project]++
+	}
 	if c.zoned() {
 		s.zoneAnti[c.Project] = insertByID(s.zoneAnti[c.Project], c)
 	}
@@ -136,6 +139,11 @@ func (s *State) unplace(c *container) {
 			delete(s.users, v)
 		}
 	}
+	if len(c.Anti) > 0 {
+		if s.antis[c.Project]--; s.antis[c.Project] == 0 {
+			delete(s.antis, c.Project)
+		}
+	}
 	if c.zoned() {
 		if list := removeByID(s.zoneAnti[c.Project], c); len(list) > 0 {
 			s.zoneAnti[c.Project] = list
@@ -172,7 +180,8 @@ func (s *State) indexMachine(m *machine) {
 		m.group.closed++
 		return
 	}
-	m.freeKey, m.roomKey, m.indexed = key(m.free()), key(m.room()), true
+	m.slot, m.reach = m.free(), m.room()
+	m.freeKey, m.roomKey, m.indexed = key(m.slot), key(m.reach), true
 	m.group.free.add(m.freeKey, m)
 	m.group.room.add(m.roomKey, m)
 }
@@ -242,7 +251,8 @@ func (s *State) reindexHost(h *host) {
 		if !m.indexed {
 			continue
 		}
-		if k := key(m.room()); k != m.roomKey {
+		m.reach = m.room()
+		if k := key(m.reach); k != m.roomKey {
 			m.group.room.remove(m.roomKey, m)
 			m.roomKey = k
 			m.group.room.add(k, m)

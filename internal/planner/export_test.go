@@ -52,7 +52,7 @@ func (b *box) summary() any {
 }
 
 func summary(s *State) map[string]any {
-	out := map[string]any{"open": cells(&s.open), "kinds": s.perKind, "volumes": fmt.Sprint(s.volumes)}
+	out := map[string]any{"open": cells(&s.open), "antis": fmt.Sprint(s.antis), "kinds": s.perKind, "volumes": fmt.Sprint(s.volumes)}
 	for id, h := range s.hosts {
 		ports := []string{}
 		for k, list := range h.ports {
@@ -68,6 +68,9 @@ func summary(s *State) map[string]any {
 		out["guarantee "+id] = []any{claims, h.reserve, ids(h.shadows), ids(h.broken.first(h.broken.n))}
 	}
 	for id, m := range s.machines {
+		if m.indexed && (m.slot != m.free() || m.reach != m.room()) {
+			out["stale "+id] = []any{m.slot, m.free(), m.reach, m.room()}
+		}
 		out["machine "+id] = []any{m.Machine, m.sum, m.in.summary(), m.indexed}
 	}
 	for id, c := range s.containers {

@@ -144,7 +144,7 @@ func (s *State) machineRules(c *container, m *machine) miss {
 	if m.Stopping {
 		return miss{rule: RuleDown, detail: "is stopping"}
 	}
-	if groupOf(c.Isolation, c.Project) != groupOf(m.Isolation, m.Project) {
+	if m.group != s.groups[groupOf(c.Isolation, c.Project)] {
 		if c.Isolation != m.Isolation {
 			return miss{rule: RuleIsolation, detail: "has another isolation"}
 		}
@@ -228,7 +228,14 @@ func (s *State) bootRules(c *container, h *host) miss {
 // indifferent says whether there are no rules to check between c and h: neither
 // brings any.
 func (s *State) indifferent(c *container, h *host) bool {
-	return c.plain && len(h.all.anti) == 0 && len(h.shadows) == 0 && len(s.zoneAnti) == 0 && h.takes()
+	return h.takes() && s.easy(c)
+}
+
+// easy says whether only room matters to c: it brings no rules, and nobody brings any
+// against it. Rules on company are among containers of a project; ports and volumes
+// concern those who have some.
+func (s *State) easy(c *container) bool {
+	return c.plain && (len(s.antis) == 0 || s.antis[c.Project] == 0)
 }
 
 func (s *State) bootCapacity(c *container, h *host) miss {

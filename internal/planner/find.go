@@ -163,24 +163,30 @@ func (f *finder) machines() {
 	f.turnedAway("machine", "", miss{rule: RuleDown, detail: "stopping, or on a host that takes nothing new"}, g.closed)
 	// Free slots first; those that do not work out are counted below.
 	var x search
+	easy, enough := s.easy(c) && c.Isolation != Own, f.enough()
 	g.free.fitting(c.need, func(m *machine) bool {
 		x.looked++
-		if c.need.fits(m.free()) && s.machineRules(c, m).ok() {
+		if c.need.fits(m.slot) && (easy || s.machineRules(c, m).ok()) {
 			f.add(Place, m.host, m)
 			f.hit(&x, m.host)
 		}
-		return x.on(f.enough())
+		return x.on(enough)
 	})
 	x = search{}
 	g.room.fitting(c.need, func(m *machine) bool {
 		x.looked++
-		if v := s.machineRules(c, m); !v.ok() {
+		slot := c.need.fits(m.slot)
+		if easy && (slot || c.need.fits(m.reach)) {
+			// Nothing else can turn it away.
+		} else if v := s.machineRules(c, m); !v.ok() {
 			f.turnedAway("machine", m.ID, v, 1)
-		} else if !c.need.fits(m.free()) {
+			return x.on(enough)
+		}
+		if !slot {
 			f.add(Grow, m.host, m)
 			f.hit(&x, m.host)
 		}
-		return x.on(f.enough())
+		return x.on(enough)
 	})
 	f.lackingMachines(g)
 }

@@ -29,6 +29,7 @@ type State struct {
 	quotas     map[string]*quota
 	zones      map[zoneKey]int         // a service's containers in a zone
 	zoneAnti   map[string][]*container // placed, with rules about zones, by project and id
+	antis      map[string]int          // placed containers with rules on company, by project
 	total      Size                    // capacity of the hosts that take something new
 	taken      Size                    // of it, what is used
 	busy       Size                    // of it, what containers and overheads use
@@ -59,9 +60,12 @@ type host struct {
 }
 
 type machine struct {
+	// What a search looks at comes first, together: it looks at many.
+	host  *host
+	group *group
+	slot  Size // free(), while indexed
+	reach Size // room(), while indexed
 	Machine
-	host             *host
-	group            *group
 	sum              Size // of its containers' requests
 	in               box
 	parts            []part
@@ -145,6 +149,7 @@ func New() *State {
 		groups:     map[groupKey]*group{},
 		zones:      map[zoneKey]int{},
 		zoneAnti:   map[string][]*container{},
+		antis:      map[string]int{},
 		pools:      map[string]*pool{},
 		quotas:     map[string]*quota{},
 	}
