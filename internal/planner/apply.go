@@ -54,6 +54,7 @@ func (s *State) resize(m *machine, to Size) {
 // place puts a container that is nowhere into m, or onto h itself when m is nil.
 func (s *State) place(c *container, h *host, m *machine) {
 	c.host, c.machine, c.Host = h, m, h.ID
+	s.epoch++
 	s.charge(c, 1)
 	h.all.add(c)
 	h.busy = h.busy.add(c.need)
@@ -107,6 +108,7 @@ func (s *State) unplace(c *container) {
 		return
 	}
 	s.release(c)
+	s.epoch++
 	c.host, c.machine, c.Host, c.Machine = nil, nil, "", ""
 	s.charge(c, -1)
 	h.all.remove(c)

@@ -60,7 +60,7 @@ func (s *State) hostRules(c *container, h *host) miss {
 	if m := portRule(c, h); !m.ok() {
 		return m
 	}
-	if m := antiRule(c, &h.all, "host"); !m.ok() {
+	if m := s.hostAnti(c, h); !m.ok() {
 		return m
 	}
 	if m := s.zoneRule(c, h); !m.ok() {
@@ -88,16 +88,56 @@ func portRule(c *container, h *host) miss {
 	return miss{}
 }
 
+// company is where the services run that a container has rules about: looked up once
+// for all the hosts that are looked at.
+type company struct {
+	c     *container
+	epoch uint64
+	on    []map[*host]int // by number of the rule
+}
+
+func (s *State) companyOf(c *container) []map[*host]int {
+	if x := &s.company; x.c != c || x.epoch != s.epoch || len(x.on) != len(c.Anti) {
+		x.c, x.epoch, x.on = c, s.epoch, x.on[:0]
+		for _, r := range c.Anti {
+			x.on = append(x.on, s.services[serviceKey{c.Project, r.Service}])
+		}
+	}
+	return s.company.on
+}
+
+// hostAnti checks the company rules of c and of those already on h.
+func (s *State) hostAnti(c *container, h *host) miss {
+	if len(c.Anti) > 0 {
+		on := s.companyOf(c)
+		for i, r := range c.Anti {
+			if r.Layer == "host" && on[i][h] > r.Max {
+				return tooMany(r)
+			}
+		}
+	}
+	return allowed(c, &h.all, "host")
+}
+
 // antiRule checks the company rules of c and of those already in b.
 func antiRule(c *container, b *box, layer string) miss {
 	for _, r := range c.Anti {
 		if r.Layer == layer && b.count(serviceKey{c.Project, r.Service}) > r.Max {
-			if r.Max == 0 {
-				return miss{rule: RuleAnti, detail: "runs " + r.Service + ", which must not be beside it"}
-			}
-			return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which at most %d may be beside it", r.Service, r.Max)}
+			return tooMany(r)
 		}
 	}
+	return allowed(c, b, layer)
+}
+
+func tooMany(r AntiRule) miss {
+	if r.Max == 0 {
+		return miss{rule: RuleAnti, detail: "runs " + r.Service + ", which must not be beside it"}
+	}
+	return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which at most %d may be beside it", r.Service, r.Max)}
+}
+
+// allowed checks the company rules of those in b for c.
+func allowed(c *container, b *box, layer string) miss {
 	if c.Service == "" {
 		return miss{}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // State is what the planner knows, indexed for quick decisions. Make one with New.
@@ -33,6 +34,9 @@ type State struct {
 	total      Size                    // capacity of the hosts that take something new
 	taken      Size                    // of it, what is used
 	busy       Size                    // of it, what containers and overheads use
+	names      map[string]string       // one copy of each project's and service's name: equal ones compare at once
+	epoch      uint64                  // of who is where
+	company    company
 	scratch    scratch
 	tried      []tried
 }
@@ -150,6 +154,7 @@ func New() *State {
 		zones:      map[zoneKey]int{},
 		zoneAnti:   map[string][]*container{},
 		antis:      map[string]int{},
+		names:      map[string]string{},
 		pools:      map[string]*pool{},
 		quotas:     map[string]*quota{},
 	}
@@ -234,6 +239,7 @@ func (s *State) SetMachine(m Machine) error {
 		return fmt.Errorf("machine %s: size, minimum or ceiling is out of range", m.ID)
 	}
 	m.Ceiling = m.Ceiling.max(m.Size)
+	m.Project = s.name(m.Project)
 	s.rev++
 	old := s.machines[m.ID]
 	if old == nil {
@@ -320,6 +326,10 @@ func (s *State) SetContainer(c Container) error {
 	c.Ports, c.Volumes = slices.Clone(c.Ports), slices.Clone(c.Volumes)
 	c.Hosts, c.Anti = slices.Clone(c.Hosts), slices.Clone(c.Anti)
 	c.Zones, c.Near = slices.Clone(c.Zones), slices.Clone(c.Near)
+	c.Project, c.Service = s.name(c.Project), s.name(c.Service)
+	for i := range c.Anti {
+		c.Anti[i].Service = s.name(c.Anti[i].Service)
+	}
 	s.rev++
 	var stood [2]*host
 	if old := s.containers[c.ID]; old != nil {
@@ -341,6 +351,16 @@ func (s *State) SetContainer(c Container) error {
 		s.secure(n, nil)
 	}
 	return nil
+}
+
+// name is the copy of a name that all share.
+func (s *State) name(v string) string {
+	n, ok := s.names[v]
+	if !ok {
+		n = strings.Clone(v)
+		s.names[n] = n
+	}
+	return n
 }
 
 // RemoveContainer forgets a container.
