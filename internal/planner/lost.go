@@ -133,6 +133,13 @@ func (d *decision) startOn(m *machine, g *host, why string, force bool) bool {
 	if x := d.migrateRules(m, g, to, true); !x.ok() {
 		return false
 	}
+	if !force && s.policy.HostLosses == 1 {
+		// What the other hosts keep there stays: it is not worth a try if that is too much.
+		others := g.tops.without(claimAt(from, g)).one
+		if !to.add(g.MachineExtra).add(others).fits(g.free()) {
+			return false
+		}
+	}
 	k := d.mark()
 	if !d.migrate(m, g, to, force) || !s.fitsNow(g) {
 		d.reset(k)

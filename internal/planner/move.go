@@ -84,7 +84,24 @@ func (s *State) rehost(m *machine, inside []*container, h *host, size, ceiling S
 // migrateRules checks whether m may go to h in that size. restart says that it does
 // not run any more, and the back end needs no live migration.
 func (d *decision) migrateRules(m *machine, h *host, to Size, restart bool) miss {
-	s := d.s
+	if x := migrateRoom(m, h, to, restart); !x.ok() || h.takes() && d.s.easyAll(m) {
+		return x
+	}
+	return d.s.migrateCompany(m, h)
+}
+
+// easyAll says whether only room matters to all that is in m.
+func (s *State) easyAll(m *machine) bool {
+	for _, c := range m.in.members {
+		if !s.easy(c) {
+			return false
+		}
+	}
+	return true
+}
+
+// migrateRoom checks what depends on sizes and back ends.
+func migrateRoom(m *machine, h *host, to Size, restart bool) miss {
 	switch {
 	case h == m.host:
 		return miss{rule: RuleHost, detail: "has it"}
@@ -97,6 +114,11 @@ func (d *decision) migrateRules(m *machine, h *host, to Size, restart bool) miss
 	case !to.add(h.MachineExtra).fits(h.free()):
 		return capacityMiss(to.add(h.MachineExtra).shortOf(h.free()))
 	}
+	return miss{}
+}
+
+// migrateCompany checks what depends on the containers in m.
+func (s *State) migrateCompany(m *machine, h *host) miss {
 	for _, c := range m.in.members {
 		if x := s.hostRules(c, h); !x.ok() {
 			return x
@@ -387,7 +409,7 @@ type target struct {
 func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart bool) []target {
 	s := d.s
 	var out []target
-	looked := 0
+	looked, easy := 0, s.easyAll(m)
 	s.open.fitting(m.sum, func(h *host) bool {
 		if h == d.not || h == m.host {
 			return true
@@ -397,8 +419,8 @@ func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart
 		var x miss
 		if whole := to.add(h.MachineExtra); !whole.fits(h.avail()) {
 			x = s.hostMiss(whole, h)
-		} else {
-			x = d.migrateRules(m, h, to, restart)
+		} else if x = migrateRoom(m, h, to, restart); x.ok() && !easy {
+			x = s.migrateCompany(m, h)
 		}
 		if !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
