@@ -31,6 +31,8 @@
 //     planner weighs a few dozen candidates out of an index of what is free.
 //   - spread: Kubernetes has a topologySpreadConstraint on the host name (ScheduleAnyway,
 //     maxSkew 1), Tandem Spread "host"; 250 replicas of each service are there.
+//   - spread and anti make kube-scheduler read every pod of every node for each
+//     decision; with 100 on each that is what they cost. `-containers 10` shows less of it.
 //   - anti: Kubernetes has a required podAntiAffinity to the own service by host name,
 //     Tandem an AntiRule with at most none on the host.
 //   - Pods of the same shape that follow each other may be batched by kube-scheduler;
