@@ -49,6 +49,8 @@ type decision struct {
 	nor      *host // nor this
 	// tooLarge is what machines of a lost host needed that found none.
 	tooLarge []Size
+	away     *machine          // anything but this machine
+	among    map[*machine]bool // when not nil: no machines but these
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about
@@ -56,7 +58,7 @@ type decision struct {
 // Plan.Unplaced.
 func (s *State) Decide(q Question) (*Plan, error) {
 	n := 0
-	for _, set := range []bool{q.Place != nil, q.Trim != nil, q.HostLost != nil, q.EmptyHost != nil, q.Rebalance != nil, q.Consolidate != nil, q.WhatIf != nil} {
+	for _, set := range []bool{q.Place != nil, q.Trim != nil, q.HostLost != nil, q.EmptyHost != nil, q.Rebalance != nil, q.Consolidate != nil, q.Fold != nil, q.WhatIf != nil} {
 		if set {
 			n++
 		}
@@ -76,6 +78,8 @@ func (s *State) Decide(q Question) (*Plan, error) {
 		return s.rebalance(*q.Rebalance)
 	case q.Consolidate != nil:
 		return s.consolidate(*q.Consolidate)
+	case q.Fold != nil:
+		return s.fold(*q.Fold)
 	case q.WhatIf != nil:
 		return s.whatIf(q.WhatIf)
 	}

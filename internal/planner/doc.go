@@ -30,6 +30,7 @@
 // called "new-1", "new-2", ... until the caller gives it its name in Commit's rename.
 //
 // The other questions, one at a time: Trim (shrink and stop what holds too little),
+// Fold (empty machines into others by moves),
 // HostLost (where does it all start again), EmptyHost (maintenance), Rebalance and
 // Consolidate within a budget of moves, WhatIf (hosts and replicas that are not
 // there yet). Their plans are made of the same actions and applied the same way.

@@ -19,6 +19,8 @@ type Question struct {
 	Rebalance *Budget
 	// Consolidate asks how to need fewer machines and hosts.
 	Consolidate *Consolidate
+	// Fold asks how to need fewer machines: which can be emptied into others.
+	Fold *Fold
 	// WhatIf asks what would happen after changes that were not made.
 	WhatIf *WhatIf
 }
