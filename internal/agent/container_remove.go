@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -123,6 +124,7 @@ func (c *container) publish(want *v1.ContainerAssignment) {
 		Id: c.id, Message: c.message, RestartCount: r.Restarts, ImageId: r.Image, HostId: c.a.hostID, MachineId: r.Machine,
 		Ip: want.GetIp(), Attachable: c.attachable, ObservedGeneration: r.Generation, ObservedRestartGeneration: r.RestartGen,
 	}
+	st.AnonymousVolumes = slices.ContainsFunc(r.Volumes, func(v volumeUse) bool { return v.Anonymous })
 	if list := want.GetAddresses(); len(list) > 1 {
 		for _, x := range list {
 			st.Ips = append(st.Ips, x.Ip)

@@ -511,8 +511,12 @@ type Container struct {
 	Assignment        *Assignment            `protobuf:"bytes,10,opt,name=assignment,proto3" json:"assignment,omitempty"` // the planner's, written by the leader
 	Status            *ContainerStatus       `protobuf:"bytes,11,opt,name=status,proto3" json:"status,omitempty"`         // observed
 	OneOff            bool                   `protobuf:"varint,12,opt,name=one_off,json=oneOff,proto3" json:"one_off,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// A move: this one is to take the place (name, ports) of the container with this
+	// id once it is ready; that one says below who has taken its place, and goes.
+	Replaces      string `protobuf:"bytes,21,opt,name=replaces,proto3" json:"replaces,omitempty"`
+	ReplacedBy    string `protobuf:"bytes,22,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Container) Reset() {
@@ -627,6 +631,20 @@ func (x *Container) GetOneOff() bool {
 		return x.OneOff
 	}
 	return false
+}
+
+func (x *Container) GetReplaces() string {
+	if x != nil {
+		return x.Replaces
+	}
+	return ""
+}
+
+func (x *Container) GetReplacedBy() string {
+	if x != nil {
+		return x.ReplacedBy
+	}
+	return ""
 }
 
 // Assignment is a decision of the planner.
@@ -1331,7 +1349,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\n" +
 	"cpu_target\x18\x03 \x01(\x01R\tcpuTarget\x12#\n" +
 	"\rmemory_target\x18\x04 \x01(\x01R\fmemoryTarget\x12'\n" +
-	"\x0fpressure_target\x18\x05 \x01(\x01R\x0epressureTarget\"\xd8\x03\n" +
+	"\x0fpressure_target\x18\x05 \x01(\x01R\x0epressureTarget\"\x95\x04\n" +
 	"\tContainer\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x18\n" +
@@ -1347,7 +1365,10 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	" \x01(\v2\x15.tandem.v1.AssignmentR\n" +
 	"assignment\x122\n" +
 	"\x06status\x18\v \x01(\v2\x1a.tandem.v1.ContainerStatusR\x06status\x12\x17\n" +
-	"\aone_off\x18\f \x01(\bR\x06oneOff\"\xb1\x02\n" +
+	"\aone_off\x18\f \x01(\bR\x06oneOff\x12\x1a\n" +
+	"\breplaces\x18\x15 \x01(\tR\breplaces\x12\x1f\n" +
+	"\vreplaced_by\x18\x16 \x01(\tR\n" +
+	"replacedBy\"\xb1\x02\n" +
 	"\n" +
 	"Assignment\x12\x17\n" +
 	"\ahost_id\x18\x01 \x01(\tR\x06hostId\x12\x1d\n" +

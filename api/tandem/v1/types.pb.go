@@ -1786,9 +1786,11 @@ type ContainerStatus struct {
 	// While it is CREATING: its runtime has it, and who attaches now misses nothing.
 	Attachable bool `protobuf:"varint,20,opt,name=attachable,proto3" json:"attachable,omitempty"`
 	// All addresses, ip first, of a container in several networks.
-	Ips           []string `protobuf:"bytes,21,rep,name=ips,proto3" json:"ips,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Ips []string `protobuf:"bytes,21,rep,name=ips,proto3" json:"ips,omitempty"`
+	// It has volumes that nobody named: what is in them goes with it.
+	AnonymousVolumes bool `protobuf:"varint,40,opt,name=anonymous_volumes,json=anonymousVolumes,proto3" json:"anonymous_volumes,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ContainerStatus) Reset() {
@@ -1966,6 +1968,13 @@ func (x *ContainerStatus) GetIps() []string {
 		return x.Ips
 	}
 	return nil
+}
+
+func (x *ContainerStatus) GetAnonymousVolumes() bool {
+	if x != nil {
+		return x.AnonymousVolumes
+	}
+	return false
 }
 
 // MachineStatus is what was seen of one machine.
@@ -3752,7 +3761,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x1c\n" +
 	"\tcondition\x18\x02 \x01(\tR\tcondition\x12\x1a\n" +
 	"\brequired\x18\x03 \x01(\bR\brequired\x12\x18\n" +
-	"\arestart\x18\x04 \x01(\bR\arestart\"\x8f\x06\n" +
+	"\arestart\x18\x04 \x01(\bR\arestart\"\xbc\x06\n" +
 	"\x0fContainerStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x19.tandem.v1.ContainerStateR\x05state\x12\x1b\n" +
@@ -3782,7 +3791,8 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"attachable\x18\x14 \x01(\bR\n" +
 	"attachable\x12\x10\n" +
-	"\x03ips\x18\x15 \x03(\tR\x03ips\"\xb1\x04\n" +
+	"\x03ips\x18\x15 \x03(\tR\x03ips\x12+\n" +
+	"\x11anonymous_volumes\x18( \x01(\bR\x10anonymousVolumes\"\xb1\x04\n" +
 	"\rMachineStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12-\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x17.tandem.v1.MachineStateR\x05state\x12#\n" +
