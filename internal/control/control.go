@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -34,9 +35,19 @@ type Options struct {
 	ClusterCIDR netip.Prefix
 	NetworkBits int
 	// IdleStop is how long a machine stays empty before it is stopped (default 60 s);
-	// ShrinkDelay how long one stays larger than needed (default 5 min).
+	// ShrinkDelay how long one stays larger than needed (default 3 s).
+	// A machine that had to grow soon after it was shrunk waits longer the next time,
+	// up to a hundred times ShrinkDelay.
 	IdleStop    time.Duration
 	ShrinkDelay time.Duration
+	// FoldDelay is how long machines must have been as they are before one is folded
+	// into others (default 5 min; negative: never), FoldsPerHour how many containers
+	// may be moved for that in an hour (default 30).
+	FoldDelay    time.Duration
+	FoldsPerHour int
+	// RestartDelay is how long a host may be away before what may run elsewhere is
+	// started there (default 5 min; negative: never).
+	RestartDelay time.Duration
 	// HostGrace is how long a host may be away before it counts as lost (default 3 s).
 	HostGrace time.Duration
 	// Debounce is the longest that a loop rests between two rounds, so that changes
@@ -64,6 +75,9 @@ type Controller struct {
 
 	randMu sync.Mutex
 	trim   trimmer
+	folder folder
+	mover  mover
+	away   map[string]time.Time // hosts, and since when restartLost sees them away
 	lost   losses
 	held   holds
 	tombs  tombs
@@ -102,7 +116,13 @@ func New(o Options) (*Controller, error) {
 		}
 	}
 	def(&o.IdleStop, time.Minute)
-	def(&o.ShrinkDelay, 5*time.Minute)
+	def(&o.ShrinkDelay, 3*time.Second)
+	def(&o.FoldDelay, 5*time.Minute)
+	def(&o.RestartDelay, 5*time.Minute)
+	if o.FoldsPerHour < 0 {
+		return nil, fmt.Errorf("%d moves an hour: it can't be negative: %w", o.FoldsPerHour, errdefs.ErrInvalidArgument)
+	}
+	o.FoldsPerHour = cmp.Or(o.FoldsPerHour, 30)
 	def(&o.HostGrace, 3*time.Second)
 	def(&o.Debounce, 10*time.Millisecond)
 	if o.Events == 0 {
@@ -132,6 +152,9 @@ func (c *Controller) loops() []loop {
 		{"trim", c.trimMachines, []store.Kind{store.Containers, store.Machines, store.Hosts}},
 		{"collect", c.collect, []store.Kind{store.Projects, store.Services, store.Networks, store.Volumes, store.Containers, store.Machines}},
 		{"lost", c.findLost, []store.Kind{store.Hosts}},
+		{"restart", c.restartLost, []store.Kind{store.Hosts, store.Machines, store.Containers}},
+		{"moves", c.moves, []store.Kind{store.Hosts, store.Containers}},
+		{"fold", c.fold, []store.Kind{store.Hosts, store.Machines, store.Containers, store.Services}},
 	}
 }
 

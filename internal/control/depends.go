@@ -106,5 +106,5 @@ func (c *Controller) WaitsFor(x *v1.Container, snap *store.Snapshot) string {
 	for _, s := range snap.Services {
 		services[svcKey{s.Meta.Project, s.Meta.Name}] = s
 	}
-	return waitsFor(x, services, byService(snap.Containers))
+	return waitsFor(x, services, byService(active(snap.Containers)))
 }

@@ -55,6 +55,8 @@ func (c *Controller) deploy(ctx context.Context) (time.Duration, error) {
 	}
 	for _, x := range snap.Containers {
 		d.names[store.KeyOf(x)] = true
+	}
+	for _, x := range active(snap.Containers) { // moves look after the others
 		if x.Service != "" && !x.OneOff {
 			k := svcKey{x.Meta.Project, x.Service}
 			d.groups[k] = append(d.groups[k], x)

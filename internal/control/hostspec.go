@@ -42,7 +42,8 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 	for _, s := range snap.Services {
 		services[svcKey{s.Meta.Project, s.Meta.Name}] = s
 	}
-	groups := byService(snap.Containers)
+	live := active(snap.Containers)
+	groups, queue := byService(live), waitsItsTurn(snap.Containers)
 	used := map[string]bool{}
 	for _, c := range snap.Containers {
 		a := c.GetAssignment()
@@ -56,10 +57,10 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 			used[x.NetworkId] = true
 		}
 		x := &v1.ContainerAssignment{
-			Id: c.Meta.Id, Name: c.Meta.Name, Project: c.Meta.Project, Service: c.Service, MachineId: a.MachineId, Spec: c.Spec,
+			Id: c.Meta.Id, Name: finalName(c), Project: c.Meta.Project, Service: c.Service, MachineId: a.MachineId, Spec: c.Spec,
 			Ip: a.Ip, Network: a.NetworkId, Addresses: a.Addresses, Stopped: c.Stopped, Paused: c.Paused, Generation: c.Meta.Generation,
 			RestartGeneration: c.RestartGeneration, StopTimeout: c.StopTimeout,
-			Hold: !c.Stopped && waitsFor(c, services, groups) != "",
+			Hold: !c.Stopped && (queue[c.Meta.Id] || waitsFor(c, services, groups) != ""),
 		}
 		if x.StopTimeout == nil {
 			x.StopTimeout = c.GetSpec().GetStopGracePeriod()
@@ -79,8 +80,8 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 				Mtu: n.Mtu, Internal: n.Internal, Allow: allow[n.Meta.Id]})
 		}
 	}
-	spec.Ports = publishedPorts(snap.Containers)
-	for _, r := range nameRecords(snap.Containers, ids) {
+	spec.Ports = publishedPorts(live)
+	for _, r := range nameRecords(live, ids) {
 		if used[r.Network] {
 			spec.Names = append(spec.Names, r)
 		}

@@ -27,7 +27,8 @@ func nameRecords(cs []*v1.Container, networks map[string]string) []*v1.NameRecor
 			if id == "" || ip == "" {
 				continue
 			}
-			names := []string{c.Meta.Name, c.Meta.Name + "." + c.Meta.Project, c.Meta.Id[:min(12, len(c.Meta.Id))]}
+			own := finalName(c)
+			names := []string{own, own + "." + c.Meta.Project, c.Meta.Id[:min(12, len(c.Meta.Id))]}
 			if c.Service != "" && !c.OneOff {
 				names = append(names, c.Service, c.Service+"."+c.Meta.Project)
 			}

@@ -78,11 +78,13 @@ type placement struct {
 	volumes    map[string]*v1.Volume
 	names      map[string]bool
 	replacer   *strings.Replacer
+	by         string // who carries the plan out
 	said       []decision
+	err        error // of an action that can't be carried out: nothing is written
 }
 
 func newPlacement(c *Controller, snap *store.Snapshot, k *claims) *placement {
-	w := &placement{c: c, snap: snap, tx: c.store.Txn(), ipam: newIPAM(k.containers, k.machines, k.addresses...), ports: takenPorts(k.containers),
+	w := &placement{c: c, by: "place", snap: snap, tx: c.store.Txn(), ipam: newIPAM(k.containers, k.machines, k.addresses...), ports: takenPorts(k.containers),
 		hosts: map[string]*v1.Host{}, machines: map[string]*v1.Machine{}, fresh: map[string]bool{}, changed: map[string]*v1.Machine{},
 		checked: map[string]bool{}, containers: map[string]*v1.Container{}, networks: map[string]*v1.Network{}, volumes: map[string]*v1.Volume{}, names: map[string]bool{}}
 	for _, h := range snap.Hosts {
@@ -145,6 +147,25 @@ func (w *placement) action(a planner.Action) {
 		}
 	case planner.Place, planner.PlaceM:
 		w.put(a)
+	case planner.Move:
+		w.fail(w.move(a))
+	case planner.Restart:
+		w.fail(w.restart(a))
+	case planner.Evict:
+		w.fail(w.evict(a))
+	case planner.Shrink:
+		if m := w.edit(a.Machine); m != nil {
+			m.Size = fromSize(a.To)
+			m.Meta.Generation++
+		}
+	default:
+		w.fail(refusal(a))
+	}
+}
+
+func (w *placement) fail(err error) {
+	if w.err == nil {
+		w.err = err
 	}
 }
 
@@ -334,6 +355,9 @@ func (w *placement) unplaced(id string, r *v1.Reason, remedy string) {
 }
 
 func (w *placement) commit(ctx context.Context) error {
+	if w.err != nil {
+		return w.err
+	}
 	for _, id := range w.order {
 		m := w.changed[id]
 		if w.fresh[id] {
@@ -350,7 +374,7 @@ func (w *placement) commit(ctx context.Context) error {
 	}
 	_, err := w.tx.Commit(ctx)
 	if err == nil {
-		w.c.tell("place", w.said)
+		w.c.tell(w.by, w.said)
 	}
 	return err
 }

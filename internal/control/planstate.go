@@ -38,8 +38,14 @@ func (p *planState) sync() {
 		}
 		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a.Key.Project, b.Key.Project), cmp.Compare(a.Key.Name, b.Key.Name))
 	})
+	kept := map[string]bool{} // a record that got another name is no other one
 	for _, ch := range changes {
-		if ch.Old != nil && (ch.New == nil || ch.New.GetMeta().GetId() != ch.Old.GetMeta().GetId()) {
+		if ch.New != nil {
+			kept[ch.New.GetMeta().GetId()] = true
+		}
+	}
+	for _, ch := range changes {
+		if ch.Old != nil && (ch.New == nil || ch.New.GetMeta().GetId() != ch.Old.GetMeta().GetId()) && !kept[ch.Old.GetMeta().GetId()] {
 			p.drop(ch.Old)
 		}
 		if ch.New == nil {
@@ -141,7 +147,7 @@ func (p *planState) container(x *v1.Container) planner.Container {
 	spec := x.GetSpec()
 	out := planner.Container{
 		ID: x.Meta.Id, Project: x.Meta.Project, Isolation: isolations[spec.GetIsolation()], Request: size(Request(spec.GetResources())),
-		Machine: x.GetAssignment().GetMachineId(), Host: x.GetAssignment().GetHostId(),
+		Machine: x.GetAssignment().GetMachineId(), Host: x.GetAssignment().GetHostId(), Stateful: !movable(x),
 	}
 	if spec.GetWorkClass() == v1.WorkClass_WORK_CLASS_BATCH {
 		out.Class = planner.Batch

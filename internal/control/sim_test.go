@@ -34,6 +34,8 @@ type world struct {
 	hosts map[string]*simHost
 	seen  map[string]string // what was last seen of a record
 	out   strings.Builder
+	// killed is asked after each run of a controller: does the server die here?
+	killed func() bool
 }
 
 // simHost is a host and, while it is connected, its session.
@@ -118,6 +120,7 @@ func (d decisions) Handle(_ context.Context, r slog.Record) error {
 // how long somebody will (0: never).
 func (w *world) settle() time.Duration {
 	w.t.Helper()
+life:
 	for range 1000 {
 		before, next := w.st.Revision(), time.Duration(0)
 		later := func(d time.Duration) {
@@ -132,6 +135,13 @@ func (w *world) settle() time.Duration {
 			}
 			later(d)
 			w.look()
+			if w.killed != nil && w.killed() {
+				w.serve()
+				for _, name := range slices.Sorted(maps.Keys(w.hosts)) {
+					w.connect(name)
+				}
+				continue life
+			}
 		}
 		busy := false
 		for _, name := range slices.Sorted(maps.Keys(w.hosts)) {
@@ -292,7 +302,10 @@ func (w *world) describe(spec *v1.HostSpec) map[string]string {
 		if x.MachineId == "" {
 			s = x.Spec.Image + " on the host"
 		}
-		if x.Hold {
+		switch {
+		case x.Hold && waits[x.Id] == "":
+			s += ", held, waits for its turn"
+		case x.Hold:
 			s += ", held, waits for " + waits[x.Id]
 		}
 		if x.Stopped {
@@ -301,7 +314,7 @@ func (w *world) describe(spec *v1.HostSpec) map[string]string {
 		if x.StopTimeout != nil {
 			s += ", has " + x.StopTimeout.AsDuration().String() + " to end"
 		}
-		out["container "+x.Name] = s
+		out["container "+names[x.Id]] = s
 	}
 	for _, x := range spec.GetLeaving() {
 		out["leaving "+names[x.Id]] = x.StopTimeout.AsDuration().String() + " to end"

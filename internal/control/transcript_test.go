@@ -115,12 +115,16 @@ func (x *script) do(line string) {
 		}
 	}
 	switch verb {
-	case "host": // cpu= memory= boot= prepare= shrink=no
+	case "host": // cpu= memory= boot= prepare= machine= (the largest there is)
 		size := &v1.Size{CpuMilli: 1000 * set.number(t, "cpu", 8), MemoryBytes: 16 << 30}
 		if m := set.bytes(t, "memory"); m > 0 {
 			size.MemoryBytes = m
 		}
-		x.hosts[names[0]] = &simHost{Host: fakehost.New(fakehost.Options{ID: "h-" + names[0], Hostname: names[0], Capacity: size, Clock: x.clock,
+		k := &v1.Capabilities{GrowCpu: true, ShrinkCpu: true, GrowMemory: true, ShrinkMemory: true, HotDisk: true, Clone: true, Metal: true, MemoryStepBytes: 64 << 20}
+		if m := set.bytes(t, "machine"); m > 0 {
+			k.MaxMachine = &v1.Size{MemoryBytes: m}
+		}
+		x.hosts[names[0]] = &simHost{Host: fakehost.New(fakehost.Options{ID: "h-" + names[0], Hostname: names[0], Capacity: size, Capabilities: k, Clock: x.clock,
 			Boot: set.duration(t, "boot"), Prepare: set.duration(t, "prepare")})}
 		x.connect(names[0])
 	case "connect":
@@ -186,7 +190,8 @@ func change[T store.Record](x *script, k store.Key, fn func(T)) {
 
 // service makes a service or changes it, as `up` does. Settings: image= replicas=
 // cpu= (thousandths) memory= needs=SERVICE:CONDITION,… restart=POLICY[:RETRIES]
-// check=yes publish=HOST:PORT grace= order= parallel= isolation=metal
+// check=yes publish=HOST:PORT grace= order= parallel= isolation=metal spread=
+// volume=NAME
 func (x *script) service(project, name string, set settings) {
 	t := x.t
 	spec := &v1.ContainerSpec{Image: set["image"], Resources: &v1.Resources{CpuMilliReservation: set.number(t, "cpu", 0), MemoryBytesReservation: set.bytes(t, "memory")}}
@@ -216,9 +221,15 @@ func (x *script) service(project, name string, set settings) {
 	if set["isolation"] == "metal" {
 		spec.Isolation = v1.Isolation_ISOLATION_METAL
 	}
+	if v := set["volume"]; v != "" {
+		spec.Mounts = []*v1.Mount{{Type: v1.Mount_TYPE_VOLUME, Source: v, Target: "/data"}}
+		_, err := x.st.Create(x.ctx, &v1.Volume{Meta: &v1.Meta{Project: project, Name: v, Id: "v-" + v}})
+		must(t, err)
+	}
 	fresh := &v1.Service{Meta: &v1.Meta{Project: project, Name: name, Id: "s-" + project + "-" + name, Generation: 1}}
 	fill := func(s *v1.Service) {
 		s.Template, s.Hash, s.Replicas = spec, ServiceHash(spec), int32(set.number(t, "replicas", 1))
+		s.Spread = set["spread"]
 		s.UpdateOrder, s.UpdateParallelism = set["order"], int32(set.number(t, "parallel", 0))
 	}
 	k := store.KeyOf(fresh)

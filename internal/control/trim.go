@@ -15,6 +15,38 @@ import (
 type trimmer struct {
 	empty map[string]time.Time
 	large map[string]time.Time
+	pulse map[string]*pulse
+}
+
+// pulse is how a machine's size goes up and down. One that grows again soon after it
+// was shrunk waits four times as long before it is shrunk the next time, up to
+// calmFactor times ShrinkDelay; it is forgiven when what it holds has kept still for
+// twice that long.
+type pulse struct {
+	size, need    *v1.Size
+	shrunk, still time.Time
+	delay         time.Duration
+}
+
+const calmFactor = 100
+
+// feel looks at a machine's size, and at what it holds.
+func (t *trimmer) feel(m *v1.Machine, need *v1.Size, now time.Time, delay time.Duration) {
+	p := t.pulse[m.Meta.Id]
+	if p == nil {
+		p = &pulse{size: m.Size, need: need, still: now, delay: delay}
+		t.pulse[m.Meta.Id] = p
+	}
+	most := calmFactor * delay
+	if grew := m.Size.GetMemoryBytes() > p.size.GetMemoryBytes() || m.Size.GetCpuMilli() > p.size.GetCpuMilli(); grew && now.Sub(p.shrunk) < 2*most {
+		p.delay = min(4*p.delay, most)
+	}
+	if need.CpuMilli != p.need.CpuMilli || need.MemoryBytes != p.need.MemoryBytes {
+		p.still = now
+	} else if now.Sub(p.still) >= 2*most {
+		p.delay = delay
+	}
+	p.size, p.need = m.Size, need
 }
 
 // crowdedIdleStop is how long a machine stays empty while a container has no place.
@@ -32,12 +64,18 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 	}
 	c.plan.sync()
 	if c.trim.empty == nil {
-		c.trim.empty, c.trim.large = map[string]time.Time{}, map[string]time.Time{}
+		c.trim = trimmer{map[string]time.Time{}, map[string]time.Time{}, map[string]*pulse{}}
 	}
 	now := c.clock.Now()
-	holds := map[string]int{}
+	holds, needs := map[string]int{}, map[string]*v1.Size{}
 	for _, x := range snap.Containers {
-		holds[x.GetAssignment().GetMachineId()]++
+		id, r := x.GetAssignment().GetMachineId(), Request(x.GetSpec().GetResources())
+		holds[id]++
+		if needs[id] != nil {
+			r.CpuMilli += needs[id].CpuMilli
+			r.MemoryBytes += needs[id].MemoryBytes
+		}
+		needs[id] = r
 	}
 	machines := map[string]*v1.Machine{}
 	var idle []string
@@ -58,6 +96,11 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			continue
 		}
 		machines[m.Meta.Id] = m
+		need := needs[m.Meta.Id]
+		if need == nil {
+			need = &v1.Size{}
+		}
+		c.trim.feel(m, need, now, c.opts.ShrinkDelay)
 		if holds[m.Meta.Id] > 0 || m.ByUser {
 			continue
 		}
@@ -73,6 +116,11 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	c.trim.empty = empty
+	for id := range c.trim.pulse {
+		if machines[id] == nil {
+			delete(c.trim.pulse, id)
+		}
+	}
 	plan, err := c.plan.state.Decide(planner.Question{Trim: &planner.Trim{Idle: idle, Shrink: true}})
 	if err != nil {
 		return 0, err
@@ -80,6 +128,7 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 	tx := c.store.Txn()
 	grown, said := refit(snap, tx)
 	large := map[string]time.Time{}
+	var shrunk []*v1.Machine
 	for _, a := range plan.Actions {
 		m := machines[a.Machine]
 		if m == nil || m.Stopped || grown[a.Machine] {
@@ -105,7 +154,8 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 				since = now
 			}
 			large[m.Meta.Id] = since
-			if left := c.opts.ShrinkDelay - now.Sub(since); left > 0 {
+			delay := c.trim.pulse[m.Meta.Id].delay
+			if left := delay - now.Sub(since); left > 0 {
 				later(left)
 				continue
 			}
@@ -115,12 +165,18 @@ func (c *Controller) trimMachines(ctx context.Context) (time.Duration, error) {
 			m.Size = fromSize(a.To)
 			m.Meta.Generation++
 			tx.Update(m)
-			said = append(said, decision{m.Meta.Name, "shrinks from " + was + " to " + text(m.Size), fmt.Sprintf("its containers needed no more for %s", c.opts.ShrinkDelay)})
+			said = append(said, decision{m.Meta.Name, "shrinks from " + was + " to " + text(m.Size), fmt.Sprintf("its containers needed no more for %s", delay)})
+			shrunk = append(shrunk, m)
 		}
 	}
 	c.trim.large = large
-	if _, err = tx.Commit(ctx); err == nil {
-		c.tell("trim", said)
+	if _, err = tx.Commit(ctx); err != nil {
+		return next, err
 	}
-	return next, err
+	c.tell("trim", said)
+	for _, m := range shrunk {
+		p := c.trim.pulse[m.Meta.Id]
+		p.size, p.shrunk = m.Size, now
+	}
+	return next, nil
 }

@@ -49,8 +49,7 @@ type decision struct {
 	nor      *host // nor this
 	// tooLarge is what machines of a lost host needed that found none.
 	tooLarge []Size
-	away     *machine          // anything but this machine
-	among    map[*machine]bool // when not nil: no machines but these
+	into     func(*container, *machine) bool // when not nil: only machines that it allows
 }
 
 // Decide answers a question; the state is as before afterwards. Errors are about

@@ -32,7 +32,7 @@ type missed struct {
 }
 
 func (f *finder) add(kind Kind, h *host, m *machine) {
-	if h == f.d.not || h == f.d.nor || m != nil && (m == f.d.away || f.d.among != nil && !f.d.among[m]) {
+	if h == f.d.not || h == f.d.nor || m != nil && f.d.into != nil && !f.d.into(f.c, m) {
 		return
 	}
 	f.found = append(f.found, candidate{kind: kind, host: h, machine: m})

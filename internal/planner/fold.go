@@ -32,18 +32,19 @@ func (s *State) fold(q Fold) (*Plan, error) {
 	d := s.decision()
 	d.noPower, d.noBoot = true, true
 	defer d.back()
+	var among map[*machine]bool
 	if q.Among != nil {
-		d.among = map[*machine]bool{}
+		among = map[*machine]bool{}
 		for _, id := range q.Among {
 			if m := s.machines[id]; m != nil {
-				d.among[m] = true
+				among[m] = true
 			}
 		}
 	}
 	b := &budget{Budget: q.Budget}
 	filled := map[*machine]bool{} // is not emptied by the same plan
 	tried, emptied := 0, 0
-	for _, m := range d.foldable() {
+	for _, m := range d.foldable(among) {
 		if tried >= maxTried || q.Machines > 0 && emptied >= q.Machines {
 			break
 		}
@@ -51,7 +52,7 @@ func (s *State) fold(q Fold) (*Plan, error) {
 			continue
 		}
 		k, spent := d.mark(), b.spent
-		into, ok := d.pour(m, b, &q)
+		into, ok := d.pour(m, among, b, &q)
 		if !ok {
 			d.reset(k)
 			b.spent = spent
@@ -69,7 +70,7 @@ func (s *State) fold(q Fold) (*Plan, error) {
 }
 
 // foldable is the machines all of whose containers may move, cheapest first.
-func (d *decision) foldable() []*machine {
+func (d *decision) foldable(among map[*machine]bool) []*machine {
 	var list []*machine
 	look := func(m *machine) {
 		if len(m.in.members) == 0 || m.Pinned || !m.takes() || !m.host.takes() {
@@ -82,12 +83,12 @@ func (d *decision) foldable() []*machine {
 		}
 		list = append(list, m)
 	}
-	if d.among == nil {
+	if among == nil {
 		for m := range maps.Values(d.s.machines) {
 			look(m)
 		}
 	}
-	for m := range d.among {
+	for m := range among {
 		look(m)
 	}
 	slices.SortFunc(list, func(x, y *machine) int {
@@ -99,40 +100,40 @@ func (d *decision) foldable() []*machine {
 
 // pour moves all that is in m into other machines, and says into which, and whether
 // that is allowed and worth it.
-func (d *decision) pour(m *machine, b *budget, q *Fold) ([]*machine, bool) {
+func (d *decision) pour(m *machine, among map[*machine]bool, b *budget, q *Fold) ([]*machine, bool) {
 	s := d.s
-	d.away = m
-	defer func() { d.away = nil }()
 	members := slices.Clone(m.in.members)
 	slices.SortFunc(members, func(x, y *container) int {
 		return cmp.Or(cmp.Compare(y.need.Memory, x.need.Memory), cmp.Compare(y.need.CPU, x.need.CPU), cmp.Compare(x.ID, y.ID))
 	})
+	type company struct{ inMachine, onHost int }
+	had := map[serviceKey]company{}
+	for _, c := range members {
+		had[c.service()] = company{m.in.count(c.service()), m.host.all.count(c.service())}
+	}
+	d.into = func(c *container, t *machine) bool {
+		if t == m || among != nil && !among[t] || !t.used().add(c.need).fits(t.Ceiling.fraction(1-q.Leave)) {
+			return false
+		}
+		if c.Service == "" {
+			return true
+		}
+		// Replicas do not come closer together than they were.
+		k := c.service()
+		return (c.Spread != "machine" || t.in.count(k) < max(had[k].inMachine, 1)) &&
+			(t.host == m.host || t.host.all.count(k) < max(had[k].onHost, 1)) &&
+			(c.Spread != "zone" || t.host.Zone == m.host.Zone)
+	}
+	defer func() { d.into = nil }()
 	taken := s.taken
 	var into []*machine
 	for _, c := range members {
-		if !b.allows(1, 0, c.need.Memory) {
-			return nil, false
-		}
-		k := c.service()
-		inMachine, onHost := m.in.count(k), m.host.all.count(k)
-		if !d.move(c, "to fold "+m.ID) {
+		if !b.allows(1, 0, c.need.Memory) || !d.move(c, "to fold "+m.ID) || c.machine == nil {
 			return nil, false
 		}
 		b.spend(1, 0, c.need.Memory)
-		t := c.machine
-		if t == nil || !t.used().fits(t.Ceiling.fraction(1 - q.Leave)) {
-			return nil, false
-		}
-		if c.Service != "" {
-			switch {
-			case c.Spread == "machine" && t.in.count(k) > max(inMachine, 1),
-				t.host != m.host && t.host.all.count(k) > max(onHost, 1),
-				t.host.Zone != m.host.Zone && c.Spread == "zone":
-				return nil, false // replicas would be closer together
-			}
-		}
-		if !slices.Contains(into, t) {
-			into = append(into, t)
+		if !slices.Contains(into, c.machine) {
+			into = append(into, c.machine)
 		}
 	}
 	grown := s.taken.sub(taken).Memory
