@@ -61,7 +61,7 @@ func serveCommand() *cobra.Command {
 	var a agentFlags
 	var cidr string
 	var noAgent bool
-	var idle time.Duration
+	var elastic server.Elasticity
 	c := &cobra.Command{
 		Use: "serve", Short: "Run the server, its state and this host's agent", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -72,7 +72,7 @@ func serveCommand() *cobra.Command {
 				return err
 			}
 			log := d.logger()
-			o := server.Options{StateDir: filepath.Join(d.state, "server"), RunDir: d.run, Logger: log.With("part", "server"), Version: version, IdleStop: idle}
+			o := server.Options{StateDir: filepath.Join(d.state, "server"), RunDir: d.run, Logger: log.With("part", "server"), Version: version, Elasticity: elastic}
 			if cidr != "" {
 				p, err := netip.ParsePrefix(cidr)
 				if err != nil {
@@ -87,7 +87,11 @@ func serveCommand() *cobra.Command {
 	a.flags(c)
 	c.Flags().StringVar(&cidr, "cidr", "", "addresses that projects' networks are cut from (default 10.64.0.0/10)")
 	c.Flags().BoolVar(&noAgent, "no-agent", false, "only the server; agents run apart (tandem agent)")
-	c.Flags().DurationVar(&idle, "idle-stop", 0, "an empty machine stops after so long (default 1m)")
+	c.Flags().DurationVar(&elastic.IdleStop, "idle-stop", 0, "an empty machine stops after so long (default 1m)")
+	c.Flags().DurationVar(&elastic.ShrinkDelay, "shrink-delay", 0, "a machine shrinks when it was too large for so long (default 3s)")
+	c.Flags().DurationVar(&elastic.FoldDelay, "fold-delay", 0, "half-empty machines are folded when they were as they are for so long; negative: never (default 5m)")
+	c.Flags().IntVar(&elastic.FoldsPerHour, "folds-per-hour", 0, "so many containers may be moved for that in an hour (default 30)")
+	c.Flags().DurationVar(&elastic.RestartDelay, "restart-delay", 0, "what keeps nothing starts elsewhere when its host was away for so long; negative: never (default 5m)")
 	return c
 }
 

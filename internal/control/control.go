@@ -34,20 +34,8 @@ type Options struct {
 	// NetworkBits long (default 22).
 	ClusterCIDR netip.Prefix
 	NetworkBits int
-	// IdleStop is how long a machine stays empty before it is stopped (default 60 s);
-	// ShrinkDelay how long one stays larger than needed (default 3 s).
-	// A machine that had to grow soon after it was shrunk waits longer the next time,
-	// up to a hundred times ShrinkDelay.
-	IdleStop    time.Duration
-	ShrinkDelay time.Duration
-	// FoldDelay is how long machines must have been as they are before one is folded
-	// into others (default 5 min; negative: never), FoldsPerHour how many containers
-	// may be moved for that in an hour (default 30).
-	FoldDelay    time.Duration
-	FoldsPerHour int
-	// RestartDelay is how long a host may be away before what may run elsewhere is
-	// started there (default 5 min; negative: never).
-	RestartDelay time.Duration
+	// Elasticity is how machines follow their containers.
+	Elasticity
 	// HostGrace is how long a host may be away before it counts as lost (default 3 s).
 	HostGrace time.Duration
 	// Debounce is the longest that a loop rests between two rounds, so that changes
@@ -115,13 +103,13 @@ func New(o Options) (*Controller, error) {
 			*d = v
 		}
 	}
+	if err := o.Elasticity.Validate(); err != nil {
+		return nil, err
+	}
 	def(&o.IdleStop, time.Minute)
 	def(&o.ShrinkDelay, 3*time.Second)
 	def(&o.FoldDelay, 5*time.Minute)
 	def(&o.RestartDelay, 5*time.Minute)
-	if o.FoldsPerHour < 0 {
-		return nil, fmt.Errorf("%d moves an hour: it can't be negative: %w", o.FoldsPerHour, errdefs.ErrInvalidArgument)
-	}
 	o.FoldsPerHour = cmp.Or(o.FoldsPerHour, 30)
 	def(&o.HostGrace, 3*time.Second)
 	def(&o.Debounce, 10*time.Millisecond)

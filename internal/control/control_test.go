@@ -233,7 +233,7 @@ func TestContainersShareOneMachine(t *testing.T) {
 // TestMachineIsPersistedBeforeItsContainers: no intent ever names a container in a
 // machine that is not there, whatever the host is asked at.
 func TestKillAnywhere(t *testing.T) {
-	l := newLab(t, Options{IdleStop: 200 * time.Millisecond})
+	l := newLab(t, Options{Elasticity: Elasticity{IdleStop: 200 * time.Millisecond}})
 	h := fakehost.New(fakehost.Options{Boot: 20 * time.Millisecond, Prepare: 5 * time.Millisecond})
 	l.serve(h)
 	l.create(project("p")...)
@@ -243,7 +243,7 @@ func TestKillAnywhere(t *testing.T) {
 	for i := range 6 {
 		time.Sleep(time.Duration(i*7) * time.Millisecond) // wherever it may be
 		l.end()
-		l.start(Options{IdleStop: 200 * time.Millisecond})
+		l.start(Options{Elasticity: Elasticity{IdleStop: 200 * time.Millisecond}})
 		l.serve(h)
 	}
 	s := l.until("all run", running(40))
@@ -264,7 +264,7 @@ func TestKillAnywhere(t *testing.T) {
 	for i := range 4 {
 		time.Sleep(time.Duration(i*11) * time.Millisecond)
 		l.end()
-		l.start(Options{IdleStop: 200 * time.Millisecond})
+		l.start(Options{Elasticity: Elasticity{IdleStop: 200 * time.Millisecond}})
 		l.serve(h)
 	}
 	l.until("all gone", func(s *store.Snapshot) bool {

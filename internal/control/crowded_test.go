@@ -12,7 +12,7 @@ import (
 // A host of two CPUs, one held by a machine that nothing is in any more: what
 // waits for room gets it long before the machine's time is up.
 func TestEmptyMachinesGiveWay(t *testing.T) {
-	l := newLab(t, Options{IdleStop: time.Hour})
+	l := newLab(t, Options{Elasticity: Elasticity{IdleStop: time.Hour}})
 	h := fakehost.New(fakehost.Options{Capacity: &v1.Size{CpuMilli: 2000, MemoryBytes: 8 << 30}})
 	l.serve(h)
 	big := &v1.ContainerSpec{Image: "x", Resources: &v1.Resources{CpuMilliReservation: 2000}}

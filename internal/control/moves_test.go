@@ -70,7 +70,9 @@ func (x *script) served(t *testing.T) {
 	t.Helper()
 	for name, h := range x.hosts {
 		for _, p := range h.Spec().GetPorts() {
-			if !slices.ContainsFunc(p.Backends, func(b *v1.Backend) bool { return b.Ready && slices.Contains(h.Running(), containerName(h.Spec(), b.ContainerId)) }) {
+			if !slices.ContainsFunc(p.Backends, func(b *v1.Backend) bool {
+				return b.Ready && slices.Contains(h.Running(), containerName(h.Spec(), b.ContainerId))
+			}) {
 				t.Fatalf("%s: port %d leads to nobody: %v\n%s", name, p.HostPort, p.Backends, x.out.String())
 			}
 		}
@@ -208,5 +210,16 @@ func TestEvict(t *testing.T) {
 	x.pass(10 * time.Second)
 	if c, err := store.ByID[*v1.Container](x.st, store.Containers, all[0].Meta.Id); err != nil || !Ready(c) {
 		t.Errorf("it does not run again: %v %v", c.GetStatus(), err)
+	}
+}
+
+func TestElasticityIsValidated(t *testing.T) {
+	for _, e := range []Elasticity{{IdleStop: -1}, {ShrinkDelay: -1}, {FoldsPerHour: -1}, {FoldDelay: time.Millisecond}, {RestartDelay: 1}} {
+		if err := e.Validate(); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v", e, err)
+		}
+	}
+	if err := (Elasticity{FoldDelay: -1, RestartDelay: -1, IdleStop: time.Millisecond}).Validate(); err != nil {
+		t.Error(err)
 	}
 }

@@ -50,12 +50,13 @@ type Options struct {
 	Logger    *slog.Logger
 	Clock     control.Clock
 	Version   string
-	// IdleStop and ShrinkDelay: see control.Options.
-	IdleStop    time.Duration
-	ShrinkDelay time.Duration
+	Elasticity
 	// Ready, when set, is called once the socket answers.
 	Ready func()
 }
+
+// Elasticity is how machines follow their containers.
+type Elasticity = control.Elasticity
 
 // Server is one Tandem server.
 type Server struct {
@@ -87,6 +88,9 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Clock == nil {
 		o.Clock = clock.System{}
+	}
+	if err := o.Elasticity.Validate(); err != nil {
+		return nil, err
 	}
 	if n := len(SocketPath(o.RunDir)); n > 100 {
 		return nil, fmt.Errorf("run directory %s is too long for a socket (%d characters, at most 100): %w", o.RunDir, n, errdefs.ErrInvalidArgument)
@@ -150,7 +154,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("the agents' token: %w", err)
 	}
 	s.ctl, err = control.New(control.Options{Store: st, Logger: s.log, Clock: s.opts.Clock, ClusterCIDR: s.opts.ClusterCIDR,
-		IdleStop: s.opts.IdleStop, ShrinkDelay: s.opts.ShrinkDelay})
+		Elasticity: s.opts.Elasticity})
 	if err != nil {
 		return err
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 func TestMachinesAndTrim(t *testing.T) {
-	b := newBed(t, Options{IdleStop: 300 * time.Millisecond})
+	b := newBed(t, Options{Elasticity: Elasticity{IdleStop: 300 * time.Millisecond}})
 	ctx := ctxOf(t)
 	m, err := b.machines.Create(ctx, connect.NewRequest(&v1.CreateMachineRequest{Name: "mine", Project: "p", Ceiling: &v1.Size{CpuMilli: 4000, MemoryBytes: 1 << 30}, Wait: true}))
 	if err != nil {
