@@ -7,6 +7,9 @@
 //	deploy.go    services -> containers: create, scale, replace, stop in order
 //	place.go     containers without a place -> hosts and machines (package planner)
 //	trim.go      machines that are empty or too large -> stopped, smaller
+//	fold.go      half-empty machines -> moves of what is in them
+//	moves.go     moves under way -> their next step
+//	restart.go   hosts that stay away -> what may run elsewhere does
 //	collect.go   records that are to go and of which nothing is left -> gone
 //	hosts.go     sessions of agents: facts, statuses in; intent (HostSpec) out
 //

@@ -21,6 +21,8 @@ const (
 	foldLeave = 0.2
 	// foldGain is what a fold must give back to its hosts.
 	foldGain = 64 << 20
+	// foldPause is the least time between two questions about the same machines.
+	foldPause = time.Minute
 	// foldAvoid is how long a machine is left in peace after a move out of it failed.
 	foldAvoid = time.Hour
 )
@@ -32,6 +34,8 @@ type folder struct {
 	avoided map[string]time.Time
 	tokens  float64
 	filled  time.Time
+	asked   string // machines that the last question was about
+	askedAt time.Time
 }
 
 type steady struct {
@@ -74,9 +78,18 @@ func (c *Controller) fold(ctx context.Context) (time.Duration, error) {
 	f := &c.folder
 	among, next := f.settled(snap, now, c.opts.FoldDelay)
 	moving := slices.ContainsFunc(snap.Containers, func(x *v1.Container) bool { return x.Replaces != "" || x.ReplacedBy != "" })
-	if len(among) < 2 || moving || len(c.plan.unplaced) > 0 {
+	if len(among) < 2 || moving {
 		return next, nil
 	}
+	// Most of what wakes this changes nothing about the answer.
+	asked := strings.Join(among, " ")
+	if left := min(c.opts.FoldDelay, foldPause) - now.Sub(f.askedAt); f.asked == asked && left > 0 {
+		if next == 0 || left < next {
+			next = left
+		}
+		return next, nil
+	}
+	f.asked, f.askedAt = asked, now
 	f.refill(now, c.opts.FoldsPerHour)
 	if f.tokens < 1 {
 		return c.tokenAfter(1), nil
@@ -99,8 +112,8 @@ func (c *Controller) fold(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	if len(plan.Actions) == 0 {
-		if full := float64(c.opts.FoldsPerHour); f.tokens < full && (next == 0 || next > time.Minute) {
-			next = time.Minute // a larger budget may allow what this one does not
+		if full := float64(c.opts.FoldsPerHour); f.tokens < full && (next == 0 || next > foldPause) {
+			next = foldPause // a larger budget may allow what this one does not
 		}
 		return next, nil
 	}

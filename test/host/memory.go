@@ -37,20 +37,22 @@ type Back struct {
 	After    time.Duration // from when the end was asked for
 }
 
-// MemoryBack runs a container that fills 460 MiB of memory, in the machine of project
-// "default", which something else must keep alive, removes it, and waits until at least
-// four fifths of what the machine gives up for that are back on the host.
-func (h *Host) MemoryBack(t testing.TB, limit time.Duration) Back {
+// MemoryBack runs two containers in a project of their own, of which one fills 460 MiB
+// of memory, removes that one, and waits until at least four fifths of what their
+// machine gives up for that are back on the host.
+func (h *Host) MemoryBack(t testing.TB, project string, limit time.Duration) Back {
 	t.Helper()
-	h.Tandem("run", "-d", "--name", "hog", "-m", "512m", "--shm-size", "500m", "busybox", "sh", "-c",
-		"dd if=/dev/zero of=/dev/shm/x bs=1M count=460 && echo full && sleep 100000")
+	hog := project + "-hog"
+	h.Tandem("run", "-d", "--project-name", project, "--name", project+"-keep", "busybox", "sleep", "100000")
+	h.Tandem("run", "-d", "--project-name", project, "--name", hog, "-m", "512m", "--shm-size", "500m", "busybox", "sh", "-c",
+		"trap 'exit 0' TERM; dd if=/dev/zero of=/dev/shm/x bs=1M count=460 && echo full; sleep 100000 & wait") // it ends when asked to
 	h.Eventually(3*time.Minute, "the container has filled its memory", func() error {
-		if out, err := h.Try("logs", "hog"); err != nil || !strings.Contains(out, "full") {
+		if out, err := h.Try("logs", "--project-name", project, hog); err != nil || !strings.Contains(out, "full") {
 			return fmt.Errorf("%v %s", err, out)
 		}
 		return nil
 	})
-	id := h.Container("hog").Assignment.MachineID
+	id := h.Container(hog).Assignment.MachineID
 	size := func() (want, have int64, err error) {
 		var list []struct {
 			Meta struct{ ID string }
@@ -80,7 +82,7 @@ func (h *Host) MemoryBack(t testing.TB, limit time.Duration) Back {
 		t.Fatalf("machine %s has %d bytes, its VMM %d: %v", id, before, pss, err)
 	}
 	start := time.Now()
-	h.Tandem("rm", "-f", "hog")
+	h.Tandem("rm", "-f", "--project-name", project, hog)
 	var b Back
 	h.Eventually(limit, "the host has its memory back", func() error {
 		want, have, err := size()
