@@ -30,6 +30,8 @@ type fakeServer struct {
 	removed *v1.RemoveProjectRequest
 	purged  *v1.PurgeStateRequest
 	broken  bool
+	asked   *v1.AskRequest
+	carried *v1.CarryOutRequest
 }
 
 func (f *fakeServer) list() []*v1.Container {
@@ -118,6 +120,7 @@ func (machines) List(context.Context, *connect.Request[v1.ListMachinesRequest]) 
 
 type system struct {
 	tandemv1connect.UnimplementedSystemServiceHandler
+	f *fakeServer
 }
 
 func (system) Hosts(context.Context, *connect.Request[v1.ListHostsRequest]) (*connect.Response[v1.ListHostsResponse], error) {
@@ -140,7 +143,7 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 	mux := http.NewServeMux()
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{f: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewStateServiceHandler(stateService{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewProjectServiceHandler(projects{fakeServer: f}, rpc.HandlerOptions()...))
 	l, err := net.Listen("unix", socket)

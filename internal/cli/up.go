@@ -104,13 +104,15 @@ func (a *app) up() *cobra.Command {
 		profiles, envFiles, scale                                   []string
 		dir                                                         string
 		timeout                                                     time.Duration
+		revision                                                    uint64
 	)
 	c := &cobra.Command{
 		Use:   "up [SERVICE...]",
 		Short: "Make a Compose file's services run",
 		Long: `Reads the Compose file here (or -f FILE), changes only what differs from what
 runs, and waits until every service runs and is healthy. --plan prints what would
-happen, with the reasons, and changes nothing.`,
+happen, with the reasons, and changes nothing; --revision of what it printed then
+does that, or nothing if the state has changed since.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req, err := a.load(cmd.Context(), profiles, envFiles, dir)
 			if err != nil {
@@ -125,7 +127,7 @@ happen, with the reasons, and changes nothing.`,
 				}
 				req.Services[i].Replicas = int32(count)
 			}
-			req.Only, req.PlanOnly, req.Wait = args, plan, !detach
+			req.Only, req.PlanOnly, req.Wait, req.Revision = args, plan, !detach, revision
 			req.RemoveOrphans, req.ForceRecreate, req.NoRecreate, req.NoStart = orphans, force, noRecreate, noStart
 			if timeout > 0 {
 				req.Timeout = durationpb.New(timeout)
@@ -145,6 +147,7 @@ happen, with the reasons, and changes nothing.`,
 	f.StringArrayVar(&envFiles, "env-file", nil, "file with variables for the Compose file")
 	f.StringArrayVar(&scale, "scale", nil, "SERVICE=NUMBER, overrides the file")
 	f.StringVar(&dir, "project-directory", "", "directory that relative paths start from")
+	f.Uint64Var(&revision, "revision", 0, "the revision of a plan: change nothing if the state has changed since")
 	f.DurationVar(&timeout, "timeout", 0, "give up waiting after this (default: never)")
 	return c
 }
@@ -222,6 +225,12 @@ func printPlan(w io.Writer, p *v1.Plan) {
 		if u.GetRemedy() != "" {
 			fmt.Fprintf(w, "     remedy: %s\n", printable(u.GetRemedy()))
 		}
+	}
+	if t := totalsText(p.GetTotals()); t != "" {
+		fmt.Fprintln(w, "In all: "+t+".")
+	}
+	if p.GetRevision() > 0 {
+		fmt.Fprintf(w, "As of revision %d.\n", p.GetRevision())
 	}
 }
 

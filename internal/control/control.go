@@ -60,6 +60,7 @@ type Controller struct {
 
 	planMu sync.Mutex
 	plan   *planState
+	asking chan struct{} // holds the one question that is being answered
 
 	randMu sync.Mutex
 	trim   trimmer
@@ -118,7 +119,7 @@ func New(o Options) (*Controller, error) {
 	}
 	c := &Controller{opts: o, store: o.Store, log: o.Logger, clock: o.Clock, Events: newEvents(o.Events)}
 	c.Hosts = newHosts(c)
-	c.plan = newPlanState(c)
+	c.plan, c.asking = newPlanState(c), make(chan struct{}, 1)
 	c.again, c.begun = map[string]chan struct{}{}, make(chan struct{})
 	for _, l := range c.loops() {
 		c.again[l.name] = make(chan struct{}, 1)

@@ -16,10 +16,11 @@ type planState struct {
 	state    *planner.State
 	sub      *store.Subscription
 	unplaced map[string]*v1.Reason // container id -> why it has no place
+	moved    uint64                // store revision of the last change that plans rely on
 }
 
 func newPlanState(c *Controller) *planState {
-	return &planState{c: c, state: planner.New(), unplaced: map[string]*v1.Reason{},
+	return &planState{c: c, state: planner.New(), unplaced: map[string]*v1.Reason{}, moved: c.store.Revision(),
 		sub: c.store.Subscribe(true, store.Hosts, store.Machines, store.Volumes, store.Containers)}
 }
 
@@ -45,6 +46,7 @@ func (p *planState) sync() {
 		}
 	}
 	for _, ch := range changes {
+		p.note(ch)
 		if ch.Old != nil && (ch.New == nil || ch.New.GetMeta().GetId() != ch.Old.GetMeta().GetId()) && !kept[ch.Old.GetMeta().GetId()] {
 			p.drop(ch.Old)
 		}

@@ -70,6 +70,9 @@ func (p *projects) write(ctx context.Context, r *v1.ApplyProjectRequest, show fu
 		if err != nil {
 			return nil, err
 		}
+		if err := d.stillAt(r.Revision); err != nil {
+			return nil, fmt.Errorf("project %s: %w", r.Project, err)
+		}
 		if !shown {
 			if err := show(d.plan); err != nil {
 				return nil, err

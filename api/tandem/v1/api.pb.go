@@ -39,6 +39,9 @@ type ApplyProjectRequest struct {
 	ConfigFiles   []string               `protobuf:"bytes,12,rep,name=config_files,json=configFiles,proto3" json:"config_files,omitempty"`
 	Timeout       *durationpb.Duration   `protobuf:"bytes,13,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	NoStart       bool                   `protobuf:"varint,14,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"`
+	// Of the plan that was looked at: Aborted when the state has changed since. 0: as
+	// it is now.
+	Revision      uint64 `protobuf:"varint,15,opt,name=revision,proto3" json:"revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -169,6 +172,13 @@ func (x *ApplyProjectRequest) GetNoStart() bool {
 		return x.NoStart
 	}
 	return false
+}
+
+func (x *ApplyProjectRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
 }
 
 type ServiceSpec struct {
@@ -1026,6 +1036,7 @@ func (x *ListContainersRequest) GetLabels() map[string]string {
 type ListContainersResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Containers    []*Container           `protobuf:"bytes,1,rep,name=containers,proto3" json:"containers,omitempty"`
+	Scales        []*ServiceScale        `protobuf:"bytes,2,rep,name=scales,proto3" json:"scales,omitempty"` // of their services that scale by themselves
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1067,6 +1078,98 @@ func (x *ListContainersResponse) GetContainers() []*Container {
 	return nil
 }
 
+func (x *ListContainersResponse) GetScales() []*ServiceScale {
+	if x != nil {
+		return x.Scales
+	}
+	return nil
+}
+
+// ServiceScale is why a service that scales by itself has as many containers as it has.
+type ServiceScale struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Service       string                 `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
+	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	Policy        *ScalePolicy           `protobuf:"bytes,4,opt,name=policy,proto3" json:"policy,omitempty"`
+	Status        *ScaleStatus           `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"` // of the last change
+	Now           string                 `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"`       // what was measured last, in words
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServiceScale) Reset() {
+	*x = ServiceScale{}
+	mi := &file_tandem_v1_api_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServiceScale) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServiceScale) ProtoMessage() {}
+
+func (x *ServiceScale) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServiceScale.ProtoReflect.Descriptor instead.
+func (*ServiceScale) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ServiceScale) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *ServiceScale) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *ServiceScale) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+func (x *ServiceScale) GetPolicy() *ScalePolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *ServiceScale) GetStatus() *ScaleStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *ServiceScale) GetNow() string {
+	if x != nil {
+		return x.Now
+	}
+	return ""
+}
+
 type CreateContainerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"` // empty: "default"
@@ -1080,7 +1183,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[15]
+	mi := &file_tandem_v1_api_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1092,7 +1195,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[15]
+	mi := &file_tandem_v1_api_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1105,7 +1208,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{15}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateContainerRequest) GetProject() string {
@@ -1155,7 +1258,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_tandem_v1_api_proto_msgTypes[16]
+	mi := &file_tandem_v1_api_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1270,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[16]
+	mi := &file_tandem_v1_api_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1283,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{16}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Selector) GetContainers() []string {
@@ -1213,7 +1316,7 @@ type StartContainersRequest struct {
 
 func (x *StartContainersRequest) Reset() {
 	*x = StartContainersRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[17]
+	mi := &file_tandem_v1_api_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1328,7 @@ func (x *StartContainersRequest) String() string {
 func (*StartContainersRequest) ProtoMessage() {}
 
 func (x *StartContainersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[17]
+	mi := &file_tandem_v1_api_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1341,7 @@ func (x *StartContainersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainersRequest.ProtoReflect.Descriptor instead.
 func (*StartContainersRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{17}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StartContainersRequest) GetSelector() *Selector {
@@ -1257,7 +1360,7 @@ type StartContainersResponse struct {
 
 func (x *StartContainersResponse) Reset() {
 	*x = StartContainersResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[18]
+	mi := &file_tandem_v1_api_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1372,7 @@ func (x *StartContainersResponse) String() string {
 func (*StartContainersResponse) ProtoMessage() {}
 
 func (x *StartContainersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[18]
+	mi := &file_tandem_v1_api_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1385,7 @@ func (x *StartContainersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainersResponse.ProtoReflect.Descriptor instead.
 func (*StartContainersResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{18}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StartContainersResponse) GetContainers() []*Container {
@@ -1303,7 +1406,7 @@ type StopContainersRequest struct {
 
 func (x *StopContainersRequest) Reset() {
 	*x = StopContainersRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[19]
+	mi := &file_tandem_v1_api_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1418,7 @@ func (x *StopContainersRequest) String() string {
 func (*StopContainersRequest) ProtoMessage() {}
 
 func (x *StopContainersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[19]
+	mi := &file_tandem_v1_api_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1431,7 @@ func (x *StopContainersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopContainersRequest.ProtoReflect.Descriptor instead.
 func (*StopContainersRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{19}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StopContainersRequest) GetSelector() *Selector {
@@ -1361,7 +1464,7 @@ type StopContainersResponse struct {
 
 func (x *StopContainersResponse) Reset() {
 	*x = StopContainersResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[20]
+	mi := &file_tandem_v1_api_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1476,7 @@ func (x *StopContainersResponse) String() string {
 func (*StopContainersResponse) ProtoMessage() {}
 
 func (x *StopContainersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[20]
+	mi := &file_tandem_v1_api_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1489,7 @@ func (x *StopContainersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopContainersResponse.ProtoReflect.Descriptor instead.
 func (*StopContainersResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{20}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StopContainersResponse) GetContainers() []*Container {
@@ -1408,7 +1511,7 @@ type RemoveContainersRequest struct {
 
 func (x *RemoveContainersRequest) Reset() {
 	*x = RemoveContainersRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[21]
+	mi := &file_tandem_v1_api_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1420,7 +1523,7 @@ func (x *RemoveContainersRequest) String() string {
 func (*RemoveContainersRequest) ProtoMessage() {}
 
 func (x *RemoveContainersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[21]
+	mi := &file_tandem_v1_api_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1433,7 +1536,7 @@ func (x *RemoveContainersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainersRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainersRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{21}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RemoveContainersRequest) GetSelector() *Selector {
@@ -1473,7 +1576,7 @@ type RemoveContainersResponse struct {
 
 func (x *RemoveContainersResponse) Reset() {
 	*x = RemoveContainersResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[22]
+	mi := &file_tandem_v1_api_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1588,7 @@ func (x *RemoveContainersResponse) String() string {
 func (*RemoveContainersResponse) ProtoMessage() {}
 
 func (x *RemoveContainersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[22]
+	mi := &file_tandem_v1_api_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1601,7 @@ func (x *RemoveContainersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainersResponse.ProtoReflect.Descriptor instead.
 func (*RemoveContainersResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{22}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveContainersResponse) GetRemoved() []string {
@@ -1518,7 +1621,7 @@ type KillContainersRequest struct {
 
 func (x *KillContainersRequest) Reset() {
 	*x = KillContainersRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[23]
+	mi := &file_tandem_v1_api_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1633,7 @@ func (x *KillContainersRequest) String() string {
 func (*KillContainersRequest) ProtoMessage() {}
 
 func (x *KillContainersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[23]
+	mi := &file_tandem_v1_api_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1646,7 @@ func (x *KillContainersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillContainersRequest.ProtoReflect.Descriptor instead.
 func (*KillContainersRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{23}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *KillContainersRequest) GetSelector() *Selector {
@@ -1568,7 +1671,7 @@ type KillContainersResponse struct {
 
 func (x *KillContainersResponse) Reset() {
 	*x = KillContainersResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[24]
+	mi := &file_tandem_v1_api_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1683,7 @@ func (x *KillContainersResponse) String() string {
 func (*KillContainersResponse) ProtoMessage() {}
 
 func (x *KillContainersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[24]
+	mi := &file_tandem_v1_api_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1696,7 @@ func (x *KillContainersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillContainersResponse.ProtoReflect.Descriptor instead.
 func (*KillContainersResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{24}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{25}
 }
 
 type PauseContainersRequest struct {
@@ -1606,7 +1709,7 @@ type PauseContainersRequest struct {
 
 func (x *PauseContainersRequest) Reset() {
 	*x = PauseContainersRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[25]
+	mi := &file_tandem_v1_api_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1721,7 @@ func (x *PauseContainersRequest) String() string {
 func (*PauseContainersRequest) ProtoMessage() {}
 
 func (x *PauseContainersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[25]
+	mi := &file_tandem_v1_api_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1734,7 @@ func (x *PauseContainersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainersRequest.ProtoReflect.Descriptor instead.
 func (*PauseContainersRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PauseContainersRequest) GetSelector() *Selector {
@@ -1656,7 +1759,7 @@ type PauseContainersResponse struct {
 
 func (x *PauseContainersResponse) Reset() {
 	*x = PauseContainersResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[26]
+	mi := &file_tandem_v1_api_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1771,7 @@ func (x *PauseContainersResponse) String() string {
 func (*PauseContainersResponse) ProtoMessage() {}
 
 func (x *PauseContainersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[26]
+	mi := &file_tandem_v1_api_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1784,7 @@ func (x *PauseContainersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainersResponse.ProtoReflect.Descriptor instead.
 func (*PauseContainersResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{27}
 }
 
 type UpdateContainerRequest struct {
@@ -1696,7 +1799,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[27]
+	mi := &file_tandem_v1_api_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1811,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[27]
+	mi := &file_tandem_v1_api_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1824,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateContainerRequest) GetContainer() string {
@@ -1763,7 +1866,7 @@ type WaitContainerRequest struct {
 
 func (x *WaitContainerRequest) Reset() {
 	*x = WaitContainerRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[28]
+	mi := &file_tandem_v1_api_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +1878,7 @@ func (x *WaitContainerRequest) String() string {
 func (*WaitContainerRequest) ProtoMessage() {}
 
 func (x *WaitContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[28]
+	mi := &file_tandem_v1_api_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +1891,7 @@ func (x *WaitContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitContainerRequest.ProtoReflect.Descriptor instead.
 func (*WaitContainerRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WaitContainerRequest) GetContainer() string {
@@ -1822,7 +1925,7 @@ type WaitContainerResponse struct {
 
 func (x *WaitContainerResponse) Reset() {
 	*x = WaitContainerResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[29]
+	mi := &file_tandem_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +1937,7 @@ func (x *WaitContainerResponse) String() string {
 func (*WaitContainerResponse) ProtoMessage() {}
 
 func (x *WaitContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[29]
+	mi := &file_tandem_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +1950,7 @@ func (x *WaitContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitContainerResponse.ProtoReflect.Descriptor instead.
 func (*WaitContainerResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WaitContainerResponse) GetContainer() *Container {
@@ -1874,7 +1977,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[30]
+	mi := &file_tandem_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1886,7 +1989,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[30]
+	mi := &file_tandem_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1899,7 +2002,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LogsRequest) GetSelector() *Selector {
@@ -1927,7 +2030,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[31]
+	mi := &file_tandem_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1939,7 +2042,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[31]
+	mi := &file_tandem_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1952,7 +2055,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StatsRequest) GetSelector() *Selector {
@@ -1985,7 +2088,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[32]
+	mi := &file_tandem_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1997,7 +2100,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[32]
+	mi := &file_tandem_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2010,7 +2113,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StatsResponse) GetRows() []*StatsRow {
@@ -2034,7 +2137,7 @@ type StatsRow struct {
 
 func (x *StatsRow) Reset() {
 	*x = StatsRow{}
-	mi := &file_tandem_v1_api_proto_msgTypes[33]
+	mi := &file_tandem_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2149,7 @@ func (x *StatsRow) String() string {
 func (*StatsRow) ProtoMessage() {}
 
 func (x *StatsRow) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[33]
+	mi := &file_tandem_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2162,7 @@ func (x *StatsRow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRow.ProtoReflect.Descriptor instead.
 func (*StatsRow) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StatsRow) GetId() string {
@@ -2113,7 +2216,7 @@ type TopResponse struct {
 
 func (x *TopResponse) Reset() {
 	*x = TopResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[34]
+	mi := &file_tandem_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2228,7 @@ func (x *TopResponse) String() string {
 func (*TopResponse) ProtoMessage() {}
 
 func (x *TopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[34]
+	mi := &file_tandem_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2241,7 @@ func (x *TopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopResponse.ProtoReflect.Descriptor instead.
 func (*TopResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *TopResponse) GetProcesses() []*Process {
@@ -2159,7 +2262,7 @@ type MachineRequest struct {
 
 func (x *MachineRequest) Reset() {
 	*x = MachineRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[35]
+	mi := &file_tandem_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2274,7 @@ func (x *MachineRequest) String() string {
 func (*MachineRequest) ProtoMessage() {}
 
 func (x *MachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[35]
+	mi := &file_tandem_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2287,7 @@ func (x *MachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineRequest.ProtoReflect.Descriptor instead.
 func (*MachineRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *MachineRequest) GetMachine() string {
@@ -2217,7 +2320,7 @@ type ListMachinesRequest struct {
 
 func (x *ListMachinesRequest) Reset() {
 	*x = ListMachinesRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[36]
+	mi := &file_tandem_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2229,7 +2332,7 @@ func (x *ListMachinesRequest) String() string {
 func (*ListMachinesRequest) ProtoMessage() {}
 
 func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[36]
+	mi := &file_tandem_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2242,7 +2345,7 @@ func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesRequest.ProtoReflect.Descriptor instead.
 func (*ListMachinesRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListMachinesRequest) GetProject() string {
@@ -2261,7 +2364,7 @@ type ListMachinesResponse struct {
 
 func (x *ListMachinesResponse) Reset() {
 	*x = ListMachinesResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[37]
+	mi := &file_tandem_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2376,7 @@ func (x *ListMachinesResponse) String() string {
 func (*ListMachinesResponse) ProtoMessage() {}
 
 func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[37]
+	mi := &file_tandem_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2389,7 @@ func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesResponse.ProtoReflect.Descriptor instead.
 func (*ListMachinesResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListMachinesResponse) GetMachines() []*Machine {
@@ -2311,7 +2414,7 @@ type CreateMachineRequest struct {
 
 func (x *CreateMachineRequest) Reset() {
 	*x = CreateMachineRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[38]
+	mi := &file_tandem_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2426,7 @@ func (x *CreateMachineRequest) String() string {
 func (*CreateMachineRequest) ProtoMessage() {}
 
 func (x *CreateMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[38]
+	mi := &file_tandem_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2439,7 @@ func (x *CreateMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateMachineRequest.ProtoReflect.Descriptor instead.
 func (*CreateMachineRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CreateMachineRequest) GetName() string {
@@ -2399,7 +2502,7 @@ type ResizeMachineRequest struct {
 
 func (x *ResizeMachineRequest) Reset() {
 	*x = ResizeMachineRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[39]
+	mi := &file_tandem_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2411,7 +2514,7 @@ func (x *ResizeMachineRequest) String() string {
 func (*ResizeMachineRequest) ProtoMessage() {}
 
 func (x *ResizeMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[39]
+	mi := &file_tandem_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2424,7 +2527,7 @@ func (x *ResizeMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeMachineRequest.ProtoReflect.Descriptor instead.
 func (*ResizeMachineRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ResizeMachineRequest) GetMachine() string {
@@ -2457,7 +2560,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[40]
+	mi := &file_tandem_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +2572,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[40]
+	mi := &file_tandem_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +2585,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListImagesRequest) GetHost() string {
@@ -2501,7 +2604,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[41]
+	mi := &file_tandem_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2513,7 +2616,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[41]
+	mi := &file_tandem_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2526,7 +2629,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -2548,7 +2651,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[42]
+	mi := &file_tandem_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2560,7 +2663,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[42]
+	mi := &file_tandem_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2573,7 +2676,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PullImageRequest) GetRef() string {
@@ -2615,7 +2718,7 @@ type SaveImageRequest struct {
 
 func (x *SaveImageRequest) Reset() {
 	*x = SaveImageRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[43]
+	mi := &file_tandem_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2730,7 @@ func (x *SaveImageRequest) String() string {
 func (*SaveImageRequest) ProtoMessage() {}
 
 func (x *SaveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[43]
+	mi := &file_tandem_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2743,7 @@ func (x *SaveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveImageRequest.ProtoReflect.Descriptor instead.
 func (*SaveImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SaveImageRequest) GetRefs() []string {
@@ -2675,7 +2778,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[44]
+	mi := &file_tandem_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2687,7 +2790,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[44]
+	mi := &file_tandem_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2700,7 +2803,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RemoveImageRequest) GetRef() string {
@@ -2734,7 +2837,7 @@ type VolumeName struct {
 
 func (x *VolumeName) Reset() {
 	*x = VolumeName{}
-	mi := &file_tandem_v1_api_proto_msgTypes[45]
+	mi := &file_tandem_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2746,7 +2849,7 @@ func (x *VolumeName) String() string {
 func (*VolumeName) ProtoMessage() {}
 
 func (x *VolumeName) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[45]
+	mi := &file_tandem_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2759,7 +2862,7 @@ func (x *VolumeName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeName.ProtoReflect.Descriptor instead.
 func (*VolumeName) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *VolumeName) GetProject() string {
@@ -2785,7 +2888,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[46]
+	mi := &file_tandem_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2797,7 +2900,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[46]
+	mi := &file_tandem_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2810,7 +2913,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListVolumesRequest) GetProject() string {
@@ -2829,7 +2932,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[47]
+	mi := &file_tandem_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2841,7 +2944,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[47]
+	mi := &file_tandem_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2854,7 +2957,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -2876,7 +2979,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[48]
+	mi := &file_tandem_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2888,7 +2991,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[48]
+	mi := &file_tandem_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2901,7 +3004,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CreateVolumeRequest) GetProject() string {
@@ -2942,7 +3045,7 @@ type RemoveVolumeRequest struct {
 
 func (x *RemoveVolumeRequest) Reset() {
 	*x = RemoveVolumeRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[49]
+	mi := &file_tandem_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2954,7 +3057,7 @@ func (x *RemoveVolumeRequest) String() string {
 func (*RemoveVolumeRequest) ProtoMessage() {}
 
 func (x *RemoveVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[49]
+	mi := &file_tandem_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2967,7 +3070,7 @@ func (x *RemoveVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *RemoveVolumeRequest) GetVolume() *VolumeName {
@@ -2992,7 +3095,7 @@ type RemoveVolumeResponse struct {
 
 func (x *RemoveVolumeResponse) Reset() {
 	*x = RemoveVolumeResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[50]
+	mi := &file_tandem_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3004,7 +3107,7 @@ func (x *RemoveVolumeResponse) String() string {
 func (*RemoveVolumeResponse) ProtoMessage() {}
 
 func (x *RemoveVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[50]
+	mi := &file_tandem_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3017,7 +3120,7 @@ func (x *RemoveVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 type VersionRequest struct {
@@ -3028,7 +3131,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[51]
+	mi := &file_tandem_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3143,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[51]
+	mi := &file_tandem_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3156,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 type VersionResponse struct {
@@ -3069,7 +3172,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[52]
+	mi := &file_tandem_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3081,7 +3184,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[52]
+	mi := &file_tandem_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3094,7 +3197,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -3144,7 +3247,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[53]
+	mi := &file_tandem_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3156,7 +3259,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[53]
+	mi := &file_tandem_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3169,7 +3272,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -3208,7 +3311,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[54]
+	mi := &file_tandem_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3220,7 +3323,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[54]
+	mi := &file_tandem_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3233,7 +3336,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 type ListHostsResponse struct {
@@ -3245,7 +3348,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[55]
+	mi := &file_tandem_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3360,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[55]
+	mi := &file_tandem_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +3373,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -3289,7 +3392,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[56]
+	mi := &file_tandem_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3301,7 +3404,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[56]
+	mi := &file_tandem_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3314,7 +3417,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *PlanRequest) GetProject() string {
@@ -3331,13 +3434,14 @@ type ExplainResponse struct {
 	Machine       *Machine               `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
 	Host          *Host                  `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
 	Text          string                 `protobuf:"bytes,5,opt,name=text,proto3" json:"text,omitempty"`
+	Scale         *ServiceScale          `protobuf:"bytes,6,opt,name=scale,proto3" json:"scale,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[57]
+	mi := &file_tandem_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3453,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[57]
+	mi := &file_tandem_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3466,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExplainResponse) GetContainer() *Container {
@@ -3400,6 +3504,1114 @@ func (x *ExplainResponse) GetText() string {
 	return ""
 }
 
+func (x *ExplainResponse) GetScale() *ServiceScale {
+	if x != nil {
+		return x.Scale
+	}
+	return nil
+}
+
+// AskRequest is one question.
+type AskRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Question:
+	//
+	//	*AskRequest_Rebalance
+	//	*AskRequest_Consolidate
+	//	*AskRequest_Lose
+	//	*AskRequest_Empty
+	//	*AskRequest_WhatIf
+	Question      isAskRequest_Question `protobuf_oneof:"question"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskRequest) Reset() {
+	*x = AskRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskRequest) ProtoMessage() {}
+
+func (x *AskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskRequest.ProtoReflect.Descriptor instead.
+func (*AskRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *AskRequest) GetQuestion() isAskRequest_Question {
+	if x != nil {
+		return x.Question
+	}
+	return nil
+}
+
+func (x *AskRequest) GetRebalance() *RebalanceQuestion {
+	if x != nil {
+		if x, ok := x.Question.(*AskRequest_Rebalance); ok {
+			return x.Rebalance
+		}
+	}
+	return nil
+}
+
+func (x *AskRequest) GetConsolidate() *ConsolidateQuestion {
+	if x != nil {
+		if x, ok := x.Question.(*AskRequest_Consolidate); ok {
+			return x.Consolidate
+		}
+	}
+	return nil
+}
+
+func (x *AskRequest) GetLose() *LoseQuestion {
+	if x != nil {
+		if x, ok := x.Question.(*AskRequest_Lose); ok {
+			return x.Lose
+		}
+	}
+	return nil
+}
+
+func (x *AskRequest) GetEmpty() *EmptyQuestion {
+	if x != nil {
+		if x, ok := x.Question.(*AskRequest_Empty); ok {
+			return x.Empty
+		}
+	}
+	return nil
+}
+
+func (x *AskRequest) GetWhatIf() *WhatIfQuestion {
+	if x != nil {
+		if x, ok := x.Question.(*AskRequest_WhatIf); ok {
+			return x.WhatIf
+		}
+	}
+	return nil
+}
+
+type isAskRequest_Question interface {
+	isAskRequest_Question()
+}
+
+type AskRequest_Rebalance struct {
+	Rebalance *RebalanceQuestion `protobuf:"bytes,1,opt,name=rebalance,proto3,oneof"`
+}
+
+type AskRequest_Consolidate struct {
+	Consolidate *ConsolidateQuestion `protobuf:"bytes,2,opt,name=consolidate,proto3,oneof"`
+}
+
+type AskRequest_Lose struct {
+	Lose *LoseQuestion `protobuf:"bytes,3,opt,name=lose,proto3,oneof"`
+}
+
+type AskRequest_Empty struct {
+	Empty *EmptyQuestion `protobuf:"bytes,4,opt,name=empty,proto3,oneof"`
+}
+
+type AskRequest_WhatIf struct {
+	WhatIf *WhatIfQuestion `protobuf:"bytes,5,opt,name=what_if,json=whatIf,proto3,oneof"`
+}
+
+func (*AskRequest_Rebalance) isAskRequest_Question() {}
+
+func (*AskRequest_Consolidate) isAskRequest_Question() {}
+
+func (*AskRequest_Lose) isAskRequest_Question() {}
+
+func (*AskRequest_Empty) isAskRequest_Question() {}
+
+func (*AskRequest_WhatIf) isAskRequest_Question() {}
+
+// MoveBudget bounds what a plan may disturb. Zero is none, negative any amount.
+type MoveBudget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Moves         int32                  `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"`           // containers, those inside a migrated machine too
+	Migrations    int32                  `protobuf:"varint,2,opt,name=migrations,proto3" json:"migrations,omitempty"` // machines, while they run
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`           // memory of what moves
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveBudget) Reset() {
+	*x = MoveBudget{}
+	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveBudget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveBudget) ProtoMessage() {}
+
+func (x *MoveBudget) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveBudget.ProtoReflect.Descriptor instead.
+func (*MoveBudget) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *MoveBudget) GetMoves() int32 {
+	if x != nil {
+		return x.Moves
+	}
+	return 0
+}
+
+func (x *MoveBudget) GetMigrations() int32 {
+	if x != nil {
+		return x.Migrations
+	}
+	return 0
+}
+
+func (x *MoveBudget) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+// RebalanceQuestion: what mends broken rules and spreads replicas.
+type RebalanceQuestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Budget        *MoveBudget            `protobuf:"bytes,1,opt,name=budget,proto3" json:"budget,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebalanceQuestion) Reset() {
+	*x = RebalanceQuestion{}
+	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebalanceQuestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebalanceQuestion) ProtoMessage() {}
+
+func (x *RebalanceQuestion) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebalanceQuestion.ProtoReflect.Descriptor instead.
+func (*RebalanceQuestion) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *RebalanceQuestion) GetBudget() *MoveBudget {
+	if x != nil {
+		return x.Budget
+	}
+	return nil
+}
+
+// ConsolidateQuestion: how to need fewer hosts.
+type ConsolidateQuestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Budget        *MoveBudget            `protobuf:"bytes,1,opt,name=budget,proto3" json:"budget,omitempty"`
+	Hosts         int32                  `protobuf:"varint,2,opt,name=hosts,proto3" json:"hosts,omitempty"`                       // at most so many are emptied; 0: any number
+	PowerOff      bool                   `protobuf:"varint,3,opt,name=power_off,json=powerOff,proto3" json:"power_off,omitempty"` // switch off what runs nothing
+	KeepOn        int32                  `protobuf:"varint,4,opt,name=keep_on,json=keepOn,proto3" json:"keep_on,omitempty"`       // so many empty hosts stay on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsolidateQuestion) Reset() {
+	*x = ConsolidateQuestion{}
+	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsolidateQuestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsolidateQuestion) ProtoMessage() {}
+
+func (x *ConsolidateQuestion) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsolidateQuestion.ProtoReflect.Descriptor instead.
+func (*ConsolidateQuestion) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ConsolidateQuestion) GetBudget() *MoveBudget {
+	if x != nil {
+		return x.Budget
+	}
+	return nil
+}
+
+func (x *ConsolidateQuestion) GetHosts() int32 {
+	if x != nil {
+		return x.Hosts
+	}
+	return 0
+}
+
+func (x *ConsolidateQuestion) GetPowerOff() bool {
+	if x != nil {
+		return x.PowerOff
+	}
+	return false
+}
+
+func (x *ConsolidateQuestion) GetKeepOn() int32 {
+	if x != nil {
+		return x.KeepOn
+	}
+	return 0
+}
+
+// LoseQuestion: what would go where if these hosts were lost at once; without any,
+// only whether each single loss is covered.
+type LoseQuestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hosts         []string               `protobuf:"bytes,1,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoseQuestion) Reset() {
+	*x = LoseQuestion{}
+	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoseQuestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoseQuestion) ProtoMessage() {}
+
+func (x *LoseQuestion) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoseQuestion.ProtoReflect.Descriptor instead.
+func (*LoseQuestion) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *LoseQuestion) GetHosts() []string {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+// EmptyQuestion: what would go where if these hosts were to run nothing.
+type EmptyQuestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hosts         []string               `protobuf:"bytes,1,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmptyQuestion) Reset() {
+	*x = EmptyQuestion{}
+	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmptyQuestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmptyQuestion) ProtoMessage() {}
+
+func (x *EmptyQuestion) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmptyQuestion.ProtoReflect.Descriptor instead.
+func (*EmptyQuestion) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *EmptyQuestion) GetHosts() []string {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+// WhatIfQuestion: what would happen to all that needs a place after these changes.
+type WhatIfQuestion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AddHosts      []*AddedHosts          `protobuf:"bytes,1,rep,name=add_hosts,json=addHosts,proto3" json:"add_hosts,omitempty"`
+	RemoveHosts   []string               `protobuf:"bytes,2,rep,name=remove_hosts,json=removeHosts,proto3" json:"remove_hosts,omitempty"`
+	Scale         []*ServiceReplicas     `protobuf:"bytes,3,rep,name=scale,proto3" json:"scale,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhatIfQuestion) Reset() {
+	*x = WhatIfQuestion{}
+	mi := &file_tandem_v1_api_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhatIfQuestion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhatIfQuestion) ProtoMessage() {}
+
+func (x *WhatIfQuestion) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhatIfQuestion.ProtoReflect.Descriptor instead.
+func (*WhatIfQuestion) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *WhatIfQuestion) GetAddHosts() []*AddedHosts {
+	if x != nil {
+		return x.AddHosts
+	}
+	return nil
+}
+
+func (x *WhatIfQuestion) GetRemoveHosts() []string {
+	if x != nil {
+		return x.RemoveHosts
+	}
+	return nil
+}
+
+func (x *WhatIfQuestion) GetScale() []*ServiceReplicas {
+	if x != nil {
+		return x.Scale
+	}
+	return nil
+}
+
+type AddedHosts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Size          *Size                  `protobuf:"bytes,1,opt,name=size,proto3" json:"size,omitempty"`
+	Count         int32                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Zone          string                 `protobuf:"bytes,3,opt,name=zone,proto3" json:"zone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddedHosts) Reset() {
+	*x = AddedHosts{}
+	mi := &file_tandem_v1_api_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddedHosts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddedHosts) ProtoMessage() {}
+
+func (x *AddedHosts) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddedHosts.ProtoReflect.Descriptor instead.
+func (*AddedHosts) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *AddedHosts) GetSize() *Size {
+	if x != nil {
+		return x.Size
+	}
+	return nil
+}
+
+func (x *AddedHosts) GetCount() int32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *AddedHosts) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+type ServiceReplicas struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Service       string                 `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
+	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServiceReplicas) Reset() {
+	*x = ServiceReplicas{}
+	mi := &file_tandem_v1_api_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServiceReplicas) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServiceReplicas) ProtoMessage() {}
+
+func (x *ServiceReplicas) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServiceReplicas.ProtoReflect.Descriptor instead.
+func (*ServiceReplicas) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *ServiceReplicas) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *ServiceReplicas) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *ServiceReplicas) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+type AskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plan          *Plan                  `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
+	Assumptions   []string               `protobuf:"bytes,2,rep,name=assumptions,proto3" json:"assumptions,omitempty"` // what was taken to be so, in words
+	Losses        *LossCoverage          `protobuf:"bytes,3,opt,name=losses,proto3" json:"losses,omitempty"`           // of lose
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskResponse) Reset() {
+	*x = AskResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskResponse) ProtoMessage() {}
+
+func (x *AskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskResponse.ProtoReflect.Descriptor instead.
+func (*AskResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *AskResponse) GetPlan() *Plan {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+func (x *AskResponse) GetAssumptions() []string {
+	if x != nil {
+		return x.Assumptions
+	}
+	return nil
+}
+
+func (x *AskResponse) GetLosses() *LossCoverage {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
+// LossCoverage says whether all that runs would find a place after the loss of any
+// one host.
+type LossCoverage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Covered       bool                   `protobuf:"varint,1,opt,name=covered,proto3" json:"covered,omitempty"`
+	Losses        []*HostLoss            `protobuf:"bytes,2,rep,name=losses,proto3" json:"losses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LossCoverage) Reset() {
+	*x = LossCoverage{}
+	mi := &file_tandem_v1_api_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LossCoverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LossCoverage) ProtoMessage() {}
+
+func (x *LossCoverage) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LossCoverage.ProtoReflect.Descriptor instead.
+func (*LossCoverage) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *LossCoverage) GetCovered() bool {
+	if x != nil {
+		return x.Covered
+	}
+	return false
+}
+
+func (x *LossCoverage) GetLosses() []*HostLoss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
+type HostLoss struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Containers    int32                  `protobuf:"varint,2,opt,name=containers,proto3" json:"containers,omitempty"` // that it runs
+	Unplaced      int32                  `protobuf:"varint,3,opt,name=unplaced,proto3" json:"unplaced,omitempty"`     // of them, that would have no place
+	Covered       bool                   `protobuf:"varint,4,opt,name=covered,proto3" json:"covered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostLoss) Reset() {
+	*x = HostLoss{}
+	mi := &file_tandem_v1_api_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostLoss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostLoss) ProtoMessage() {}
+
+func (x *HostLoss) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostLoss.ProtoReflect.Descriptor instead.
+func (*HostLoss) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *HostLoss) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *HostLoss) GetContainers() int32 {
+	if x != nil {
+		return x.Containers
+	}
+	return 0
+}
+
+func (x *HostLoss) GetUnplaced() int32 {
+	if x != nil {
+		return x.Unplaced
+	}
+	return 0
+}
+
+func (x *HostLoss) GetCovered() bool {
+	if x != nil {
+		return x.Covered
+	}
+	return false
+}
+
+type CarryOutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Question      *AskRequest            `protobuf:"bytes,1,opt,name=question,proto3" json:"question,omitempty"`  // rebalance or consolidate
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"` // of the plan that was looked at
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarryOutRequest) Reset() {
+	*x = CarryOutRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarryOutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarryOutRequest) ProtoMessage() {}
+
+func (x *CarryOutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarryOutRequest.ProtoReflect.Descriptor instead.
+func (*CarryOutRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *CarryOutRequest) GetQuestion() *AskRequest {
+	if x != nil {
+		return x.Question
+	}
+	return nil
+}
+
+func (x *CarryOutRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type CarryOutResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plan          *Plan                  `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarryOutResponse) Reset() {
+	*x = CarryOutResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarryOutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarryOutResponse) ProtoMessage() {}
+
+func (x *CarryOutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarryOutResponse.ProtoReflect.Descriptor instead.
+func (*CarryOutResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *CarryOutResponse) GetPlan() *Plan {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+type RecommendRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`   // empty: all
+	Services      []string               `protobuf:"bytes,2,rep,name=services,proto3" json:"services,omitempty"` // empty: all of the project
+	Apply         bool                   `protobuf:"varint,3,opt,name=apply,proto3" json:"apply,omitempty"`      // let the services reserve what is recommended
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecommendRequest) Reset() {
+	*x = RecommendRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecommendRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecommendRequest) ProtoMessage() {}
+
+func (x *RecommendRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecommendRequest.ProtoReflect.Descriptor instead.
+func (*RecommendRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *RecommendRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *RecommendRequest) GetServices() []string {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *RecommendRequest) GetApply() bool {
+	if x != nil {
+		return x.Apply
+	}
+	return false
+}
+
+type RecommendResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Recommendations []*Recommendation      `protobuf:"bytes,1,rep,name=recommendations,proto3" json:"recommendations,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *RecommendResponse) Reset() {
+	*x = RecommendResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecommendResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecommendResponse) ProtoMessage() {}
+
+func (x *RecommendResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecommendResponse.ProtoReflect.Descriptor instead.
+func (*RecommendResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *RecommendResponse) GetRecommendations() []*Recommendation {
+	if x != nil {
+		return x.Recommendations
+	}
+	return nil
+}
+
+// Recommendation is what one service should reserve for each of its containers.
+type Recommendation struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Project        string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Service        string                 `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
+	Reserved       *Size                  `protobuf:"bytes,3,opt,name=reserved,proto3" json:"reserved,omitempty"`       // now; 0: nothing
+	Recommended    *Size                  `protobuf:"bytes,4,opt,name=recommended,proto3" json:"recommended,omitempty"` // a dimension of 0: not known yet
+	Samples        int64                  `protobuf:"varint,5,opt,name=samples,proto3" json:"samples,omitempty"`
+	Span           *durationpb.Duration   `protobuf:"bytes,6,opt,name=span,proto3" json:"span,omitempty"` // from the first sample to the last
+	CpuP50Milli    int64                  `protobuf:"varint,7,opt,name=cpu_p50_milli,json=cpuP50Milli,proto3" json:"cpu_p50_milli,omitempty"`
+	CpuP95Milli    int64                  `protobuf:"varint,8,opt,name=cpu_p95_milli,json=cpuP95Milli,proto3" json:"cpu_p95_milli,omitempty"`
+	MemoryP99Bytes int64                  `protobuf:"varint,9,opt,name=memory_p99_bytes,json=memoryP99Bytes,proto3" json:"memory_p99_bytes,omitempty"`
+	MemoryMaxBytes int64                  `protobuf:"varint,10,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"`
+	Text           string                 `protobuf:"bytes,11,opt,name=text,proto3" json:"text,omitempty"`      // one sentence
+	Enough         bool                   `protobuf:"varint,12,opt,name=enough,proto3" json:"enough,omitempty"` // samples and span are enough to rely on
+	Applied        bool                   `protobuf:"varint,13,opt,name=applied,proto3" json:"applied,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Recommendation) Reset() {
+	*x = Recommendation{}
+	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Recommendation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Recommendation) ProtoMessage() {}
+
+func (x *Recommendation) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Recommendation.ProtoReflect.Descriptor instead.
+func (*Recommendation) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *Recommendation) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *Recommendation) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *Recommendation) GetReserved() *Size {
+	if x != nil {
+		return x.Reserved
+	}
+	return nil
+}
+
+func (x *Recommendation) GetRecommended() *Size {
+	if x != nil {
+		return x.Recommended
+	}
+	return nil
+}
+
+func (x *Recommendation) GetSamples() int64 {
+	if x != nil {
+		return x.Samples
+	}
+	return 0
+}
+
+func (x *Recommendation) GetSpan() *durationpb.Duration {
+	if x != nil {
+		return x.Span
+	}
+	return nil
+}
+
+func (x *Recommendation) GetCpuP50Milli() int64 {
+	if x != nil {
+		return x.CpuP50Milli
+	}
+	return 0
+}
+
+func (x *Recommendation) GetCpuP95Milli() int64 {
+	if x != nil {
+		return x.CpuP95Milli
+	}
+	return 0
+}
+
+func (x *Recommendation) GetMemoryP99Bytes() int64 {
+	if x != nil {
+		return x.MemoryP99Bytes
+	}
+	return 0
+}
+
+func (x *Recommendation) GetMemoryMaxBytes() int64 {
+	if x != nil {
+		return x.MemoryMaxBytes
+	}
+	return 0
+}
+
+func (x *Recommendation) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *Recommendation) GetEnough() bool {
+	if x != nil {
+		return x.Enough
+	}
+	return false
+}
+
+func (x *Recommendation) GetApplied() bool {
+	if x != nil {
+		return x.Applied
+	}
+	return false
+}
+
 type ListStateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3408,7 +4620,7 @@ type ListStateRequest struct {
 
 func (x *ListStateRequest) Reset() {
 	*x = ListStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	mi := &file_tandem_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3420,7 +4632,7 @@ func (x *ListStateRequest) String() string {
 func (*ListStateRequest) ProtoMessage() {}
 
 func (x *ListStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[58]
+	mi := &file_tandem_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3433,7 +4645,7 @@ func (x *ListStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStateRequest.ProtoReflect.Descriptor instead.
 func (*ListStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 type ListStateResponse struct {
@@ -3448,7 +4660,7 @@ type ListStateResponse struct {
 
 func (x *ListStateResponse) Reset() {
 	*x = ListStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	mi := &file_tandem_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3460,7 +4672,7 @@ func (x *ListStateResponse) String() string {
 func (*ListStateResponse) ProtoMessage() {}
 
 func (x *ListStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[59]
+	mi := &file_tandem_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3473,7 +4685,7 @@ func (x *ListStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStateResponse.ProtoReflect.Descriptor instead.
 func (*ListStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListStateResponse) GetUnreadable() []*UnreadableRecord {
@@ -3518,7 +4730,7 @@ type UnreadableRecord struct {
 
 func (x *UnreadableRecord) Reset() {
 	*x = UnreadableRecord{}
-	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	mi := &file_tandem_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3530,7 +4742,7 @@ func (x *UnreadableRecord) String() string {
 func (*UnreadableRecord) ProtoMessage() {}
 
 func (x *UnreadableRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[60]
+	mi := &file_tandem_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3543,7 +4755,7 @@ func (x *UnreadableRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnreadableRecord.ProtoReflect.Descriptor instead.
 func (*UnreadableRecord) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *UnreadableRecord) GetKind() string {
@@ -3592,7 +4804,7 @@ type PurgeStateRequest struct {
 
 func (x *PurgeStateRequest) Reset() {
 	*x = PurgeStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	mi := &file_tandem_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3604,7 +4816,7 @@ func (x *PurgeStateRequest) String() string {
 func (*PurgeStateRequest) ProtoMessage() {}
 
 func (x *PurgeStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[61]
+	mi := &file_tandem_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3617,7 +4829,7 @@ func (x *PurgeStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeStateRequest.ProtoReflect.Descriptor instead.
 func (*PurgeStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *PurgeStateRequest) GetKind() string {
@@ -3649,7 +4861,7 @@ type PurgeStateResponse struct {
 
 func (x *PurgeStateResponse) Reset() {
 	*x = PurgeStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	mi := &file_tandem_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3661,7 +4873,7 @@ func (x *PurgeStateResponse) String() string {
 func (*PurgeStateResponse) ProtoMessage() {}
 
 func (x *PurgeStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[62]
+	mi := &file_tandem_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3674,7 +4886,7 @@ func (x *PurgeStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeStateResponse.ProtoReflect.Descriptor instead.
 func (*PurgeStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 type BackupStateRequest struct {
@@ -3685,7 +4897,7 @@ type BackupStateRequest struct {
 
 func (x *BackupStateRequest) Reset() {
 	*x = BackupStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	mi := &file_tandem_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3697,7 +4909,7 @@ func (x *BackupStateRequest) String() string {
 func (*BackupStateRequest) ProtoMessage() {}
 
 func (x *BackupStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[63]
+	mi := &file_tandem_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3710,7 +4922,7 @@ func (x *BackupStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStateRequest.ProtoReflect.Descriptor instead.
 func (*BackupStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 type BackupStateResponse struct {
@@ -3722,7 +4934,7 @@ type BackupStateResponse struct {
 
 func (x *BackupStateResponse) Reset() {
 	*x = BackupStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	mi := &file_tandem_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3734,7 +4946,7 @@ func (x *BackupStateResponse) String() string {
 func (*BackupStateResponse) ProtoMessage() {}
 
 func (x *BackupStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[64]
+	mi := &file_tandem_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3747,7 +4959,7 @@ func (x *BackupStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStateResponse.ProtoReflect.Descriptor instead.
 func (*BackupStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *BackupStateResponse) GetData() []byte {
@@ -3764,13 +4976,14 @@ type Plan struct {
 	Actions       []*PlanAction          `protobuf:"bytes,2,rep,name=actions,proto3" json:"actions,omitempty"`
 	Unplaced      []*Unplaced            `protobuf:"bytes,3,rep,name=unplaced,proto3" json:"unplaced,omitempty"`
 	Warnings      []string               `protobuf:"bytes,4,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Totals        *PlanTotals            `protobuf:"bytes,5,opt,name=totals,proto3" json:"totals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_tandem_v1_api_proto_msgTypes[65]
+	mi := &file_tandem_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3782,7 +4995,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[65]
+	mi := &file_tandem_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3795,7 +5008,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Plan) GetRevision() uint64 {
@@ -3826,23 +5039,177 @@ func (x *Plan) GetWarnings() []string {
 	return nil
 }
 
+func (x *Plan) GetTotals() *PlanTotals {
+	if x != nil {
+		return x.Totals
+	}
+	return nil
+}
+
+// PlanTotals sums a plan up.
+type PlanTotals struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	ContainerMoves int32                  `protobuf:"varint,1,opt,name=container_moves,json=containerMoves,proto3" json:"container_moves,omitempty"` // those inside migrated machines too
+	MachineMoves   int32                  `protobuf:"varint,2,opt,name=machine_moves,json=machineMoves,proto3" json:"machine_moves,omitempty"`       // migrated while they run
+	MoveBytes      int64                  `protobuf:"varint,3,opt,name=move_bytes,json=moveBytes,proto3" json:"move_bytes,omitempty"`                // memory of both
+	Seconds        float64                `protobuf:"fixed64,4,opt,name=seconds,proto3" json:"seconds,omitempty"`                                    // all steps one after the other
+	Placed         int32                  `protobuf:"varint,5,opt,name=placed,proto3" json:"placed,omitempty"`                                       // containers that get a place
+	Boots          int32                  `protobuf:"varint,6,opt,name=boots,proto3" json:"boots,omitempty"`
+	Grown          int32                  `protobuf:"varint,7,opt,name=grown,proto3" json:"grown,omitempty"`
+	Restarts       int32                  `protobuf:"varint,8,opt,name=restarts,proto3" json:"restarts,omitempty"` // machines of lost hosts
+	Evicted        int32                  `protobuf:"varint,9,opt,name=evicted,proto3" json:"evicted,omitempty"`
+	Stops          int32                  `protobuf:"varint,10,opt,name=stops,proto3" json:"stops,omitempty"`
+	HostsOn        int32                  `protobuf:"varint,11,opt,name=hosts_on,json=hostsOn,proto3" json:"hosts_on,omitempty"`
+	HostsOff       int32                  `protobuf:"varint,12,opt,name=hosts_off,json=hostsOff,proto3" json:"hosts_off,omitempty"`
+	Unplaced       int32                  `protobuf:"varint,13,opt,name=unplaced,proto3" json:"unplaced,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PlanTotals) Reset() {
+	*x = PlanTotals{}
+	mi := &file_tandem_v1_api_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanTotals) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanTotals) ProtoMessage() {}
+
+func (x *PlanTotals) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanTotals.ProtoReflect.Descriptor instead.
+func (*PlanTotals) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *PlanTotals) GetContainerMoves() int32 {
+	if x != nil {
+		return x.ContainerMoves
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetMachineMoves() int32 {
+	if x != nil {
+		return x.MachineMoves
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetMoveBytes() int64 {
+	if x != nil {
+		return x.MoveBytes
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetPlaced() int32 {
+	if x != nil {
+		return x.Placed
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetBoots() int32 {
+	if x != nil {
+		return x.Boots
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetGrown() int32 {
+	if x != nil {
+		return x.Grown
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetRestarts() int32 {
+	if x != nil {
+		return x.Restarts
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetEvicted() int32 {
+	if x != nil {
+		return x.Evicted
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetStops() int32 {
+	if x != nil {
+		return x.Stops
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetHostsOn() int32 {
+	if x != nil {
+		return x.HostsOn
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetHostsOff() int32 {
+	if x != nil {
+		return x.HostsOff
+	}
+	return 0
+}
+
+func (x *PlanTotals) GetUnplaced() int32 {
+	if x != nil {
+		return x.Unplaced
+	}
+	return 0
+}
+
 type PlanAction struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // "create", "recreate", "remove", "place", "grow", "boot", "stop", "metal", "create-volume", "create-network"
-	Container     string                 `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
-	Machine       string                 `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
-	Host          string                 `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
-	From          *Size                  `protobuf:"bytes,5,opt,name=from,proto3" json:"from,omitempty"`
-	To            *Size                  `protobuf:"bytes,6,opt,name=to,proto3" json:"to,omitempty"`
-	Text          string                 `protobuf:"bytes,7,opt,name=text,proto3" json:"text,omitempty"` // one line for people
-	Reason        *Reason                `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "create", "recreate", "remove", "place", "grow", "boot", "stop", "metal", "shrink", "move", "migrate", "restart", "evict",
+	// "power-on", "power-off", "create-volume", "create-network"
+	Kind          string  `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Container     string  `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
+	Machine       string  `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
+	Host          string  `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	From          *Size   `protobuf:"bytes,5,opt,name=from,proto3" json:"from,omitempty"`
+	To            *Size   `protobuf:"bytes,6,opt,name=to,proto3" json:"to,omitempty"`
+	Text          string  `protobuf:"bytes,7,opt,name=text,proto3" json:"text,omitempty"` // one line for people
+	Reason        *Reason `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	FromMachine   string  `protobuf:"bytes,9,opt,name=from_machine,json=fromMachine,proto3" json:"from_machine,omitempty"` // where what moves was
+	FromHost      string  `protobuf:"bytes,10,opt,name=from_host,json=fromHost,proto3" json:"from_host,omitempty"`
+	Seconds       float64 `protobuf:"fixed64,11,opt,name=seconds,proto3" json:"seconds,omitempty"` // how long it takes, where the host says so
+	Bytes         int64   `protobuf:"varint,12,opt,name=bytes,proto3" json:"bytes,omitempty"`      // memory that moves
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlanAction) Reset() {
 	*x = PlanAction{}
-	mi := &file_tandem_v1_api_proto_msgTypes[66]
+	mi := &file_tandem_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3854,7 +5221,7 @@ func (x *PlanAction) String() string {
 func (*PlanAction) ProtoMessage() {}
 
 func (x *PlanAction) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[66]
+	mi := &file_tandem_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3867,7 +5234,7 @@ func (x *PlanAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanAction.ProtoReflect.Descriptor instead.
 func (*PlanAction) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *PlanAction) GetKind() string {
@@ -3926,6 +5293,34 @@ func (x *PlanAction) GetReason() *Reason {
 	return nil
 }
 
+func (x *PlanAction) GetFromMachine() string {
+	if x != nil {
+		return x.FromMachine
+	}
+	return ""
+}
+
+func (x *PlanAction) GetFromHost() string {
+	if x != nil {
+		return x.FromHost
+	}
+	return ""
+}
+
+func (x *PlanAction) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *PlanAction) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type Unplaced struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Container     string                 `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
@@ -3937,7 +5332,7 @@ type Unplaced struct {
 
 func (x *Unplaced) Reset() {
 	*x = Unplaced{}
-	mi := &file_tandem_v1_api_proto_msgTypes[67]
+	mi := &file_tandem_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3949,7 +5344,7 @@ func (x *Unplaced) String() string {
 func (*Unplaced) ProtoMessage() {}
 
 func (x *Unplaced) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[67]
+	mi := &file_tandem_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3962,7 +5357,7 @@ func (x *Unplaced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unplaced.ProtoReflect.Descriptor instead.
 func (*Unplaced) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Unplaced) GetContainer() string {
@@ -3990,7 +5385,7 @@ var File_tandem_v1_api_proto protoreflect.FileDescriptor
 
 const file_tandem_v1_api_proto_rawDesc = "" +
 	"\n" +
-	"\x13tandem/v1/api.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15tandem/v1/agent.proto\x1a\x17tandem/v1/records.proto\x1a\x15tandem/v1/types.proto\"\x96\x04\n" +
+	"\x13tandem/v1/api.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15tandem/v1/agent.proto\x1a\x17tandem/v1/records.proto\x1a\x15tandem/v1/types.proto\"\xb2\x04\n" +
 	"\x13ApplyProjectRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x122\n" +
 	"\bservices\x18\x02 \x03(\v2\x16.tandem.v1.ServiceSpecR\bservices\x125\n" +
@@ -4008,7 +5403,8 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"workingDir\x12!\n" +
 	"\fconfig_files\x18\f \x03(\tR\vconfigFiles\x123\n" +
 	"\atimeout\x18\r \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x19\n" +
-	"\bno_start\x18\x0e \x01(\bR\anoStart\"\xd5\x03\n" +
+	"\bno_start\x18\x0e \x01(\bR\anoStart\x12\x1a\n" +
+	"\brevision\x18\x0f \x01(\x04R\brevision\"\xd5\x03\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
@@ -4084,11 +5480,19 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x06labels\x18\x04 \x03(\v2,.tandem.v1.ListContainersRequest.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"N\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x7f\n" +
 	"\x16ListContainersResponse\x124\n" +
 	"\n" +
 	"containers\x18\x01 \x03(\v2\x14.tandem.v1.ContainerR\n" +
-	"containers\"\xa4\x01\n" +
+	"containers\x12/\n" +
+	"\x06scales\x18\x02 \x03(\v2\x17.tandem.v1.ServiceScaleR\x06scales\"\xd0\x01\n" +
+	"\fServiceScale\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x18\n" +
+	"\aservice\x18\x02 \x01(\tR\aservice\x12\x1a\n" +
+	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12.\n" +
+	"\x06policy\x18\x04 \x01(\v2\x16.tandem.v1.ScalePolicyR\x06policy\x12.\n" +
+	"\x06status\x18\x05 \x01(\v2\x16.tandem.v1.ScaleStatusR\x06status\x12\x10\n" +
+	"\x03now\x18\x06 \x01(\tR\x03now\"\xa4\x01\n" +
 	"\x16CreateContainerRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12,\n" +
@@ -4237,13 +5641,94 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x11ListHostsResponse\x12%\n" +
 	"\x05hosts\x18\x01 \x03(\v2\x0f.tandem.v1.HostR\x05hosts\"'\n" +
 	"\vPlanRequest\x12\x18\n" +
-	"\aproject\x18\x01 \x01(\tR\aproject\"\xd7\x01\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\"\x86\x02\n" +
 	"\x0fExplainResponse\x122\n" +
 	"\tcontainer\x18\x01 \x01(\v2\x14.tandem.v1.ContainerR\tcontainer\x12)\n" +
 	"\x06reason\x18\x02 \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12,\n" +
 	"\amachine\x18\x03 \x01(\v2\x12.tandem.v1.MachineR\amachine\x12#\n" +
 	"\x04host\x18\x04 \x01(\v2\x0f.tandem.v1.HostR\x04host\x12\x12\n" +
-	"\x04text\x18\x05 \x01(\tR\x04text\"\x12\n" +
+	"\x04text\x18\x05 \x01(\tR\x04text\x12-\n" +
+	"\x05scale\x18\x06 \x01(\v2\x17.tandem.v1.ServiceScaleR\x05scale\"\xb1\x02\n" +
+	"\n" +
+	"AskRequest\x12<\n" +
+	"\trebalance\x18\x01 \x01(\v2\x1c.tandem.v1.RebalanceQuestionH\x00R\trebalance\x12B\n" +
+	"\vconsolidate\x18\x02 \x01(\v2\x1e.tandem.v1.ConsolidateQuestionH\x00R\vconsolidate\x12-\n" +
+	"\x04lose\x18\x03 \x01(\v2\x17.tandem.v1.LoseQuestionH\x00R\x04lose\x120\n" +
+	"\x05empty\x18\x04 \x01(\v2\x18.tandem.v1.EmptyQuestionH\x00R\x05empty\x124\n" +
+	"\awhat_if\x18\x05 \x01(\v2\x19.tandem.v1.WhatIfQuestionH\x00R\x06whatIfB\n" +
+	"\n" +
+	"\bquestion\"X\n" +
+	"\n" +
+	"MoveBudget\x12\x14\n" +
+	"\x05moves\x18\x01 \x01(\x05R\x05moves\x12\x1e\n" +
+	"\n" +
+	"migrations\x18\x02 \x01(\x05R\n" +
+	"migrations\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"B\n" +
+	"\x11RebalanceQuestion\x12-\n" +
+	"\x06budget\x18\x01 \x01(\v2\x15.tandem.v1.MoveBudgetR\x06budget\"\x90\x01\n" +
+	"\x13ConsolidateQuestion\x12-\n" +
+	"\x06budget\x18\x01 \x01(\v2\x15.tandem.v1.MoveBudgetR\x06budget\x12\x14\n" +
+	"\x05hosts\x18\x02 \x01(\x05R\x05hosts\x12\x1b\n" +
+	"\tpower_off\x18\x03 \x01(\bR\bpowerOff\x12\x17\n" +
+	"\akeep_on\x18\x04 \x01(\x05R\x06keepOn\"$\n" +
+	"\fLoseQuestion\x12\x14\n" +
+	"\x05hosts\x18\x01 \x03(\tR\x05hosts\"%\n" +
+	"\rEmptyQuestion\x12\x14\n" +
+	"\x05hosts\x18\x01 \x03(\tR\x05hosts\"\x99\x01\n" +
+	"\x0eWhatIfQuestion\x122\n" +
+	"\tadd_hosts\x18\x01 \x03(\v2\x15.tandem.v1.AddedHostsR\baddHosts\x12!\n" +
+	"\fremove_hosts\x18\x02 \x03(\tR\vremoveHosts\x120\n" +
+	"\x05scale\x18\x03 \x03(\v2\x1a.tandem.v1.ServiceReplicasR\x05scale\"[\n" +
+	"\n" +
+	"AddedHosts\x12#\n" +
+	"\x04size\x18\x01 \x01(\v2\x0f.tandem.v1.SizeR\x04size\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x05R\x05count\x12\x12\n" +
+	"\x04zone\x18\x03 \x01(\tR\x04zone\"a\n" +
+	"\x0fServiceReplicas\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x18\n" +
+	"\aservice\x18\x02 \x01(\tR\aservice\x12\x1a\n" +
+	"\breplicas\x18\x03 \x01(\x05R\breplicas\"\x85\x01\n" +
+	"\vAskResponse\x12#\n" +
+	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\x12 \n" +
+	"\vassumptions\x18\x02 \x03(\tR\vassumptions\x12/\n" +
+	"\x06losses\x18\x03 \x01(\v2\x17.tandem.v1.LossCoverageR\x06losses\"U\n" +
+	"\fLossCoverage\x12\x18\n" +
+	"\acovered\x18\x01 \x01(\bR\acovered\x12+\n" +
+	"\x06losses\x18\x02 \x03(\v2\x13.tandem.v1.HostLossR\x06losses\"t\n" +
+	"\bHostLoss\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x1e\n" +
+	"\n" +
+	"containers\x18\x02 \x01(\x05R\n" +
+	"containers\x12\x1a\n" +
+	"\bunplaced\x18\x03 \x01(\x05R\bunplaced\x12\x18\n" +
+	"\acovered\x18\x04 \x01(\bR\acovered\"`\n" +
+	"\x0fCarryOutRequest\x121\n" +
+	"\bquestion\x18\x01 \x01(\v2\x15.tandem.v1.AskRequestR\bquestion\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"7\n" +
+	"\x10CarryOutResponse\x12#\n" +
+	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\"^\n" +
+	"\x10RecommendRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x1a\n" +
+	"\bservices\x18\x02 \x03(\tR\bservices\x12\x14\n" +
+	"\x05apply\x18\x03 \x01(\bR\x05apply\"X\n" +
+	"\x11RecommendResponse\x12C\n" +
+	"\x0frecommendations\x18\x01 \x03(\v2\x19.tandem.v1.RecommendationR\x0frecommendations\"\xcf\x03\n" +
+	"\x0eRecommendation\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x18\n" +
+	"\aservice\x18\x02 \x01(\tR\aservice\x12+\n" +
+	"\breserved\x18\x03 \x01(\v2\x0f.tandem.v1.SizeR\breserved\x121\n" +
+	"\vrecommended\x18\x04 \x01(\v2\x0f.tandem.v1.SizeR\vrecommended\x12\x18\n" +
+	"\asamples\x18\x05 \x01(\x03R\asamples\x12-\n" +
+	"\x04span\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x04span\x12\"\n" +
+	"\rcpu_p50_milli\x18\a \x01(\x03R\vcpuP50Milli\x12\"\n" +
+	"\rcpu_p95_milli\x18\b \x01(\x03R\vcpuP95Milli\x12(\n" +
+	"\x10memory_p99_bytes\x18\t \x01(\x03R\x0ememoryP99Bytes\x12(\n" +
+	"\x10memory_max_bytes\x18\n" +
+	" \x01(\x03R\x0ememoryMaxBytes\x12\x12\n" +
+	"\x04text\x18\v \x01(\tR\x04text\x12\x16\n" +
+	"\x06enough\x18\f \x01(\bR\x06enough\x12\x18\n" +
+	"\aapplied\x18\r \x01(\bR\aapplied\"\x12\n" +
 	"\x10ListStateRequest\"\xa1\x01\n" +
 	"\x11ListStateResponse\x12;\n" +
 	"\n" +
@@ -4267,12 +5752,30 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x12PurgeStateResponse\"\x14\n" +
 	"\x12BackupStateRequest\")\n" +
 	"\x13BackupStateResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xa0\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xcf\x01\n" +
 	"\x04Plan\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12/\n" +
 	"\aactions\x18\x02 \x03(\v2\x15.tandem.v1.PlanActionR\aactions\x12/\n" +
 	"\bunplaced\x18\x03 \x03(\v2\x13.tandem.v1.UnplacedR\bunplaced\x12\x1a\n" +
-	"\bwarnings\x18\x04 \x03(\tR\bwarnings\"\xf1\x01\n" +
+	"\bwarnings\x18\x04 \x03(\tR\bwarnings\x12-\n" +
+	"\x06totals\x18\x05 \x01(\v2\x15.tandem.v1.PlanTotalsR\x06totals\"\xf7\x02\n" +
+	"\n" +
+	"PlanTotals\x12'\n" +
+	"\x0fcontainer_moves\x18\x01 \x01(\x05R\x0econtainerMoves\x12#\n" +
+	"\rmachine_moves\x18\x02 \x01(\x05R\fmachineMoves\x12\x1d\n" +
+	"\n" +
+	"move_bytes\x18\x03 \x01(\x03R\tmoveBytes\x12\x18\n" +
+	"\aseconds\x18\x04 \x01(\x01R\aseconds\x12\x16\n" +
+	"\x06placed\x18\x05 \x01(\x05R\x06placed\x12\x14\n" +
+	"\x05boots\x18\x06 \x01(\x05R\x05boots\x12\x14\n" +
+	"\x05grown\x18\a \x01(\x05R\x05grown\x12\x1a\n" +
+	"\brestarts\x18\b \x01(\x05R\brestarts\x12\x18\n" +
+	"\aevicted\x18\t \x01(\x05R\aevicted\x12\x14\n" +
+	"\x05stops\x18\n" +
+	" \x01(\x05R\x05stops\x12\x19\n" +
+	"\bhosts_on\x18\v \x01(\x05R\ahostsOn\x12\x1b\n" +
+	"\thosts_off\x18\f \x01(\x05R\bhostsOff\x12\x1a\n" +
+	"\bunplaced\x18\r \x01(\x05R\bunplaced\"\xe1\x02\n" +
 	"\n" +
 	"PlanAction\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
@@ -4282,7 +5785,12 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x04from\x18\x05 \x01(\v2\x0f.tandem.v1.SizeR\x04from\x12\x1f\n" +
 	"\x02to\x18\x06 \x01(\v2\x0f.tandem.v1.SizeR\x02to\x12\x12\n" +
 	"\x04text\x18\a \x01(\tR\x04text\x12)\n" +
-	"\x06reason\x18\b \x01(\v2\x11.tandem.v1.ReasonR\x06reason\"k\n" +
+	"\x06reason\x18\b \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12!\n" +
+	"\ffrom_machine\x18\t \x01(\tR\vfromMachine\x12\x1b\n" +
+	"\tfrom_host\x18\n" +
+	" \x01(\tR\bfromHost\x12\x18\n" +
+	"\aseconds\x18\v \x01(\x01R\aseconds\x12\x14\n" +
+	"\x05bytes\x18\f \x01(\x03R\x05bytes\"k\n" +
 	"\bUnplaced\x12\x1c\n" +
 	"\tcontainer\x18\x01 \x01(\tR\tcontainer\x12)\n" +
 	"\x06reason\x18\x02 \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12\x16\n" +
@@ -4331,14 +5839,16 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x04List\x12\x1d.tandem.v1.ListVolumesRequest\x1a\x1e.tandem.v1.ListVolumesResponse\x123\n" +
 	"\aInspect\x12\x15.tandem.v1.VolumeName\x1a\x11.tandem.v1.Volume\x12;\n" +
 	"\x06Create\x12\x1e.tandem.v1.CreateVolumeRequest\x1a\x11.tandem.v1.Volume\x12I\n" +
-	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\x81\x03\n" +
+	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\xfc\x03\n" +
 	"\rSystemService\x12@\n" +
 	"\aVersion\x12\x19.tandem.v1.VersionRequest\x1a\x1a.tandem.v1.VersionResponse\x12=\n" +
 	"\x06Doctor\x12\x18.tandem.v1.DoctorRequest\x1a\x19.tandem.v1.DoctorResponse\x126\n" +
 	"\x06Events\x12\x18.tandem.v1.EventsRequest\x1a\x10.tandem.v1.Event0\x01\x12B\n" +
 	"\x05Hosts\x12\x1b.tandem.v1.ListHostsRequest\x1a\x1c.tandem.v1.ListHostsResponse\x12/\n" +
 	"\x04Plan\x12\x16.tandem.v1.PlanRequest\x1a\x0f.tandem.v1.Plan\x12B\n" +
-	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponse2\xe2\x01\n" +
+	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponse\x124\n" +
+	"\x03Ask\x12\x15.tandem.v1.AskRequest\x1a\x16.tandem.v1.AskResponse\x12C\n" +
+	"\bCarryOut\x12\x1a.tandem.v1.CarryOutRequest\x1a\x1b.tandem.v1.CarryOutResponse2\xe2\x01\n" +
 	"\fStateService\x12A\n" +
 	"\x04List\x12\x1b.tandem.v1.ListStateRequest\x1a\x1c.tandem.v1.ListStateResponse\x12D\n" +
 	"\x05Purge\x12\x1c.tandem.v1.PurgeStateRequest\x1a\x1d.tandem.v1.PurgeStateResponse\x12I\n" +
@@ -4356,7 +5866,7 @@ func file_tandem_v1_api_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_api_proto_rawDescData
 }
 
-var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
+var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
 var file_tandem_v1_api_proto_goTypes = []any{
 	(*ApplyProjectRequest)(nil),      // 0: tandem.v1.ApplyProjectRequest
 	(*ServiceSpec)(nil),              // 1: tandem.v1.ServiceSpec
@@ -4373,266 +5883,314 @@ var file_tandem_v1_api_proto_goTypes = []any{
 	(*ContainerRequest)(nil),         // 12: tandem.v1.ContainerRequest
 	(*ListContainersRequest)(nil),    // 13: tandem.v1.ListContainersRequest
 	(*ListContainersResponse)(nil),   // 14: tandem.v1.ListContainersResponse
-	(*CreateContainerRequest)(nil),   // 15: tandem.v1.CreateContainerRequest
-	(*Selector)(nil),                 // 16: tandem.v1.Selector
-	(*StartContainersRequest)(nil),   // 17: tandem.v1.StartContainersRequest
-	(*StartContainersResponse)(nil),  // 18: tandem.v1.StartContainersResponse
-	(*StopContainersRequest)(nil),    // 19: tandem.v1.StopContainersRequest
-	(*StopContainersResponse)(nil),   // 20: tandem.v1.StopContainersResponse
-	(*RemoveContainersRequest)(nil),  // 21: tandem.v1.RemoveContainersRequest
-	(*RemoveContainersResponse)(nil), // 22: tandem.v1.RemoveContainersResponse
-	(*KillContainersRequest)(nil),    // 23: tandem.v1.KillContainersRequest
-	(*KillContainersResponse)(nil),   // 24: tandem.v1.KillContainersResponse
-	(*PauseContainersRequest)(nil),   // 25: tandem.v1.PauseContainersRequest
-	(*PauseContainersResponse)(nil),  // 26: tandem.v1.PauseContainersResponse
-	(*UpdateContainerRequest)(nil),   // 27: tandem.v1.UpdateContainerRequest
-	(*WaitContainerRequest)(nil),     // 28: tandem.v1.WaitContainerRequest
-	(*WaitContainerResponse)(nil),    // 29: tandem.v1.WaitContainerResponse
-	(*LogsRequest)(nil),              // 30: tandem.v1.LogsRequest
-	(*StatsRequest)(nil),             // 31: tandem.v1.StatsRequest
-	(*StatsResponse)(nil),            // 32: tandem.v1.StatsResponse
-	(*StatsRow)(nil),                 // 33: tandem.v1.StatsRow
-	(*TopResponse)(nil),              // 34: tandem.v1.TopResponse
-	(*MachineRequest)(nil),           // 35: tandem.v1.MachineRequest
-	(*ListMachinesRequest)(nil),      // 36: tandem.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),     // 37: tandem.v1.ListMachinesResponse
-	(*CreateMachineRequest)(nil),     // 38: tandem.v1.CreateMachineRequest
-	(*ResizeMachineRequest)(nil),     // 39: tandem.v1.ResizeMachineRequest
-	(*ListImagesRequest)(nil),        // 40: tandem.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),       // 41: tandem.v1.ListImagesResponse
-	(*PullImageRequest)(nil),         // 42: tandem.v1.PullImageRequest
-	(*SaveImageRequest)(nil),         // 43: tandem.v1.SaveImageRequest
-	(*RemoveImageRequest)(nil),       // 44: tandem.v1.RemoveImageRequest
-	(*VolumeName)(nil),               // 45: tandem.v1.VolumeName
-	(*ListVolumesRequest)(nil),       // 46: tandem.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),      // 47: tandem.v1.ListVolumesResponse
-	(*CreateVolumeRequest)(nil),      // 48: tandem.v1.CreateVolumeRequest
-	(*RemoveVolumeRequest)(nil),      // 49: tandem.v1.RemoveVolumeRequest
-	(*RemoveVolumeResponse)(nil),     // 50: tandem.v1.RemoveVolumeResponse
-	(*VersionRequest)(nil),           // 51: tandem.v1.VersionRequest
-	(*VersionResponse)(nil),          // 52: tandem.v1.VersionResponse
-	(*EventsRequest)(nil),            // 53: tandem.v1.EventsRequest
-	(*ListHostsRequest)(nil),         // 54: tandem.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),        // 55: tandem.v1.ListHostsResponse
-	(*PlanRequest)(nil),              // 56: tandem.v1.PlanRequest
-	(*ExplainResponse)(nil),          // 57: tandem.v1.ExplainResponse
-	(*ListStateRequest)(nil),         // 58: tandem.v1.ListStateRequest
-	(*ListStateResponse)(nil),        // 59: tandem.v1.ListStateResponse
-	(*UnreadableRecord)(nil),         // 60: tandem.v1.UnreadableRecord
-	(*PurgeStateRequest)(nil),        // 61: tandem.v1.PurgeStateRequest
-	(*PurgeStateResponse)(nil),       // 62: tandem.v1.PurgeStateResponse
-	(*BackupStateRequest)(nil),       // 63: tandem.v1.BackupStateRequest
-	(*BackupStateResponse)(nil),      // 64: tandem.v1.BackupStateResponse
-	(*Plan)(nil),                     // 65: tandem.v1.Plan
-	(*PlanAction)(nil),               // 66: tandem.v1.PlanAction
-	(*Unplaced)(nil),                 // 67: tandem.v1.Unplaced
-	nil,                              // 68: tandem.v1.ServiceSpec.LabelsEntry
-	nil,                              // 69: tandem.v1.NetworkRequest.LabelsEntry
-	nil,                              // 70: tandem.v1.VolumeRequest.LabelsEntry
-	nil,                              // 71: tandem.v1.ScaleRequest.ReplicasEntry
-	nil,                              // 72: tandem.v1.ListContainersRequest.LabelsEntry
-	nil,                              // 73: tandem.v1.CreateVolumeRequest.LabelsEntry
-	(*durationpb.Duration)(nil),      // 74: google.protobuf.Duration
-	(*ContainerSpec)(nil),            // 75: tandem.v1.ContainerSpec
-	(*ScalePolicy)(nil),              // 76: tandem.v1.ScalePolicy
-	(*Progress)(nil),                 // 77: tandem.v1.Progress
-	(*Container)(nil),                // 78: tandem.v1.Container
-	(*Machine)(nil),                  // 79: tandem.v1.Machine
-	(*Project)(nil),                  // 80: tandem.v1.Project
-	(*Service)(nil),                  // 81: tandem.v1.Service
-	(*Resources)(nil),                // 82: tandem.v1.Resources
-	(*RestartPolicy)(nil),            // 83: tandem.v1.RestartPolicy
-	(*LogOptions)(nil),               // 84: tandem.v1.LogOptions
-	(*Usage)(nil),                    // 85: tandem.v1.Usage
-	(*Process)(nil),                  // 86: tandem.v1.Process
-	(*Size)(nil),                     // 87: tandem.v1.Size
-	(Isolation)(0),                   // 88: tandem.v1.Isolation
-	(*Image)(nil),                    // 89: tandem.v1.Image
-	(*RegistryAuth)(nil),             // 90: tandem.v1.RegistryAuth
-	(*Volume)(nil),                   // 91: tandem.v1.Volume
-	(*timestamppb.Timestamp)(nil),    // 92: google.protobuf.Timestamp
-	(*Host)(nil),                     // 93: tandem.v1.Host
-	(*Reason)(nil),                   // 94: tandem.v1.Reason
-	(*StreamInput)(nil),              // 95: tandem.v1.StreamInput
-	(*ImageChunk)(nil),               // 96: tandem.v1.ImageChunk
-	(*AgentTagImageRequest)(nil),     // 97: tandem.v1.AgentTagImageRequest
-	(*AgentPruneImagesRequest)(nil),  // 98: tandem.v1.AgentPruneImagesRequest
-	(*DoctorRequest)(nil),            // 99: tandem.v1.DoctorRequest
-	(*StreamOutput)(nil),             // 100: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 101: tandem.v1.LogEntry
-	(*LoadProgress)(nil),             // 102: tandem.v1.LoadProgress
-	(*AgentRemoveImageResponse)(nil), // 103: tandem.v1.AgentRemoveImageResponse
-	(*AgentTagImageResponse)(nil),    // 104: tandem.v1.AgentTagImageResponse
-	(*AgentPruneImagesResponse)(nil), // 105: tandem.v1.AgentPruneImagesResponse
-	(*DoctorResponse)(nil),           // 106: tandem.v1.DoctorResponse
-	(*Event)(nil),                    // 107: tandem.v1.Event
+	(*ServiceScale)(nil),             // 15: tandem.v1.ServiceScale
+	(*CreateContainerRequest)(nil),   // 16: tandem.v1.CreateContainerRequest
+	(*Selector)(nil),                 // 17: tandem.v1.Selector
+	(*StartContainersRequest)(nil),   // 18: tandem.v1.StartContainersRequest
+	(*StartContainersResponse)(nil),  // 19: tandem.v1.StartContainersResponse
+	(*StopContainersRequest)(nil),    // 20: tandem.v1.StopContainersRequest
+	(*StopContainersResponse)(nil),   // 21: tandem.v1.StopContainersResponse
+	(*RemoveContainersRequest)(nil),  // 22: tandem.v1.RemoveContainersRequest
+	(*RemoveContainersResponse)(nil), // 23: tandem.v1.RemoveContainersResponse
+	(*KillContainersRequest)(nil),    // 24: tandem.v1.KillContainersRequest
+	(*KillContainersResponse)(nil),   // 25: tandem.v1.KillContainersResponse
+	(*PauseContainersRequest)(nil),   // 26: tandem.v1.PauseContainersRequest
+	(*PauseContainersResponse)(nil),  // 27: tandem.v1.PauseContainersResponse
+	(*UpdateContainerRequest)(nil),   // 28: tandem.v1.UpdateContainerRequest
+	(*WaitContainerRequest)(nil),     // 29: tandem.v1.WaitContainerRequest
+	(*WaitContainerResponse)(nil),    // 30: tandem.v1.WaitContainerResponse
+	(*LogsRequest)(nil),              // 31: tandem.v1.LogsRequest
+	(*StatsRequest)(nil),             // 32: tandem.v1.StatsRequest
+	(*StatsResponse)(nil),            // 33: tandem.v1.StatsResponse
+	(*StatsRow)(nil),                 // 34: tandem.v1.StatsRow
+	(*TopResponse)(nil),              // 35: tandem.v1.TopResponse
+	(*MachineRequest)(nil),           // 36: tandem.v1.MachineRequest
+	(*ListMachinesRequest)(nil),      // 37: tandem.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 38: tandem.v1.ListMachinesResponse
+	(*CreateMachineRequest)(nil),     // 39: tandem.v1.CreateMachineRequest
+	(*ResizeMachineRequest)(nil),     // 40: tandem.v1.ResizeMachineRequest
+	(*ListImagesRequest)(nil),        // 41: tandem.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 42: tandem.v1.ListImagesResponse
+	(*PullImageRequest)(nil),         // 43: tandem.v1.PullImageRequest
+	(*SaveImageRequest)(nil),         // 44: tandem.v1.SaveImageRequest
+	(*RemoveImageRequest)(nil),       // 45: tandem.v1.RemoveImageRequest
+	(*VolumeName)(nil),               // 46: tandem.v1.VolumeName
+	(*ListVolumesRequest)(nil),       // 47: tandem.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),      // 48: tandem.v1.ListVolumesResponse
+	(*CreateVolumeRequest)(nil),      // 49: tandem.v1.CreateVolumeRequest
+	(*RemoveVolumeRequest)(nil),      // 50: tandem.v1.RemoveVolumeRequest
+	(*RemoveVolumeResponse)(nil),     // 51: tandem.v1.RemoveVolumeResponse
+	(*VersionRequest)(nil),           // 52: tandem.v1.VersionRequest
+	(*VersionResponse)(nil),          // 53: tandem.v1.VersionResponse
+	(*EventsRequest)(nil),            // 54: tandem.v1.EventsRequest
+	(*ListHostsRequest)(nil),         // 55: tandem.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),        // 56: tandem.v1.ListHostsResponse
+	(*PlanRequest)(nil),              // 57: tandem.v1.PlanRequest
+	(*ExplainResponse)(nil),          // 58: tandem.v1.ExplainResponse
+	(*AskRequest)(nil),               // 59: tandem.v1.AskRequest
+	(*MoveBudget)(nil),               // 60: tandem.v1.MoveBudget
+	(*RebalanceQuestion)(nil),        // 61: tandem.v1.RebalanceQuestion
+	(*ConsolidateQuestion)(nil),      // 62: tandem.v1.ConsolidateQuestion
+	(*LoseQuestion)(nil),             // 63: tandem.v1.LoseQuestion
+	(*EmptyQuestion)(nil),            // 64: tandem.v1.EmptyQuestion
+	(*WhatIfQuestion)(nil),           // 65: tandem.v1.WhatIfQuestion
+	(*AddedHosts)(nil),               // 66: tandem.v1.AddedHosts
+	(*ServiceReplicas)(nil),          // 67: tandem.v1.ServiceReplicas
+	(*AskResponse)(nil),              // 68: tandem.v1.AskResponse
+	(*LossCoverage)(nil),             // 69: tandem.v1.LossCoverage
+	(*HostLoss)(nil),                 // 70: tandem.v1.HostLoss
+	(*CarryOutRequest)(nil),          // 71: tandem.v1.CarryOutRequest
+	(*CarryOutResponse)(nil),         // 72: tandem.v1.CarryOutResponse
+	(*RecommendRequest)(nil),         // 73: tandem.v1.RecommendRequest
+	(*RecommendResponse)(nil),        // 74: tandem.v1.RecommendResponse
+	(*Recommendation)(nil),           // 75: tandem.v1.Recommendation
+	(*ListStateRequest)(nil),         // 76: tandem.v1.ListStateRequest
+	(*ListStateResponse)(nil),        // 77: tandem.v1.ListStateResponse
+	(*UnreadableRecord)(nil),         // 78: tandem.v1.UnreadableRecord
+	(*PurgeStateRequest)(nil),        // 79: tandem.v1.PurgeStateRequest
+	(*PurgeStateResponse)(nil),       // 80: tandem.v1.PurgeStateResponse
+	(*BackupStateRequest)(nil),       // 81: tandem.v1.BackupStateRequest
+	(*BackupStateResponse)(nil),      // 82: tandem.v1.BackupStateResponse
+	(*Plan)(nil),                     // 83: tandem.v1.Plan
+	(*PlanTotals)(nil),               // 84: tandem.v1.PlanTotals
+	(*PlanAction)(nil),               // 85: tandem.v1.PlanAction
+	(*Unplaced)(nil),                 // 86: tandem.v1.Unplaced
+	nil,                              // 87: tandem.v1.ServiceSpec.LabelsEntry
+	nil,                              // 88: tandem.v1.NetworkRequest.LabelsEntry
+	nil,                              // 89: tandem.v1.VolumeRequest.LabelsEntry
+	nil,                              // 90: tandem.v1.ScaleRequest.ReplicasEntry
+	nil,                              // 91: tandem.v1.ListContainersRequest.LabelsEntry
+	nil,                              // 92: tandem.v1.CreateVolumeRequest.LabelsEntry
+	(*durationpb.Duration)(nil),      // 93: google.protobuf.Duration
+	(*ContainerSpec)(nil),            // 94: tandem.v1.ContainerSpec
+	(*ScalePolicy)(nil),              // 95: tandem.v1.ScalePolicy
+	(*Progress)(nil),                 // 96: tandem.v1.Progress
+	(*Container)(nil),                // 97: tandem.v1.Container
+	(*Machine)(nil),                  // 98: tandem.v1.Machine
+	(*Project)(nil),                  // 99: tandem.v1.Project
+	(*Service)(nil),                  // 100: tandem.v1.Service
+	(*ScaleStatus)(nil),              // 101: tandem.v1.ScaleStatus
+	(*Resources)(nil),                // 102: tandem.v1.Resources
+	(*RestartPolicy)(nil),            // 103: tandem.v1.RestartPolicy
+	(*LogOptions)(nil),               // 104: tandem.v1.LogOptions
+	(*Usage)(nil),                    // 105: tandem.v1.Usage
+	(*Process)(nil),                  // 106: tandem.v1.Process
+	(*Size)(nil),                     // 107: tandem.v1.Size
+	(Isolation)(0),                   // 108: tandem.v1.Isolation
+	(*Image)(nil),                    // 109: tandem.v1.Image
+	(*RegistryAuth)(nil),             // 110: tandem.v1.RegistryAuth
+	(*Volume)(nil),                   // 111: tandem.v1.Volume
+	(*timestamppb.Timestamp)(nil),    // 112: google.protobuf.Timestamp
+	(*Host)(nil),                     // 113: tandem.v1.Host
+	(*Reason)(nil),                   // 114: tandem.v1.Reason
+	(*StreamInput)(nil),              // 115: tandem.v1.StreamInput
+	(*ImageChunk)(nil),               // 116: tandem.v1.ImageChunk
+	(*AgentTagImageRequest)(nil),     // 117: tandem.v1.AgentTagImageRequest
+	(*AgentPruneImagesRequest)(nil),  // 118: tandem.v1.AgentPruneImagesRequest
+	(*DoctorRequest)(nil),            // 119: tandem.v1.DoctorRequest
+	(*StreamOutput)(nil),             // 120: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 121: tandem.v1.LogEntry
+	(*LoadProgress)(nil),             // 122: tandem.v1.LoadProgress
+	(*AgentRemoveImageResponse)(nil), // 123: tandem.v1.AgentRemoveImageResponse
+	(*AgentTagImageResponse)(nil),    // 124: tandem.v1.AgentTagImageResponse
+	(*AgentPruneImagesResponse)(nil), // 125: tandem.v1.AgentPruneImagesResponse
+	(*DoctorResponse)(nil),           // 126: tandem.v1.DoctorResponse
+	(*Event)(nil),                    // 127: tandem.v1.Event
 }
 var file_tandem_v1_api_proto_depIdxs = []int32{
 	1,   // 0: tandem.v1.ApplyProjectRequest.services:type_name -> tandem.v1.ServiceSpec
 	2,   // 1: tandem.v1.ApplyProjectRequest.networks:type_name -> tandem.v1.NetworkRequest
 	3,   // 2: tandem.v1.ApplyProjectRequest.volumes:type_name -> tandem.v1.VolumeRequest
-	74,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
-	75,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
-	68,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
-	76,  // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
-	69,  // 7: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
-	70,  // 8: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
-	65,  // 9: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
-	77,  // 10: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
+	93,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
+	94,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
+	87,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
+	95,  // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
+	88,  // 7: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
+	89,  // 8: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
+	83,  // 9: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
+	96,  // 10: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
 	5,   // 11: tandem.v1.ApplyProjectResponse.result:type_name -> tandem.v1.ApplyResult
-	78,  // 12: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
-	79,  // 13: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
-	74,  // 14: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
-	80,  // 15: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
-	81,  // 16: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
-	71,  // 17: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
-	72,  // 18: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
-	78,  // 19: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
-	75,  // 20: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
-	16,  // 21: tandem.v1.StartContainersRequest.selector:type_name -> tandem.v1.Selector
-	78,  // 22: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
-	16,  // 23: tandem.v1.StopContainersRequest.selector:type_name -> tandem.v1.Selector
-	74,  // 24: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
-	78,  // 25: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
-	16,  // 26: tandem.v1.RemoveContainersRequest.selector:type_name -> tandem.v1.Selector
-	16,  // 27: tandem.v1.KillContainersRequest.selector:type_name -> tandem.v1.Selector
-	16,  // 28: tandem.v1.PauseContainersRequest.selector:type_name -> tandem.v1.Selector
-	82,  // 29: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
-	83,  // 30: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
-	78,  // 31: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
-	16,  // 32: tandem.v1.LogsRequest.selector:type_name -> tandem.v1.Selector
-	84,  // 33: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
-	16,  // 34: tandem.v1.StatsRequest.selector:type_name -> tandem.v1.Selector
-	33,  // 35: tandem.v1.StatsResponse.rows:type_name -> tandem.v1.StatsRow
-	85,  // 36: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
-	86,  // 37: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
-	79,  // 38: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
-	87,  // 39: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
-	87,  // 40: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
-	88,  // 41: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
-	87,  // 42: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
-	89,  // 43: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
-	90,  // 44: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
-	91,  // 45: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
-	73,  // 46: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
-	45,  // 47: tandem.v1.RemoveVolumeRequest.volume:type_name -> tandem.v1.VolumeName
-	92,  // 48: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	92,  // 49: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
-	93,  // 50: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
-	78,  // 51: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
-	94,  // 52: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
-	79,  // 53: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
-	93,  // 54: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
-	60,  // 55: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
-	66,  // 56: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
-	67,  // 57: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
-	87,  // 58: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
-	87,  // 59: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
-	94,  // 60: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
-	94,  // 61: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
-	0,   // 62: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
-	6,   // 63: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
-	7,   // 64: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
-	9,   // 65: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
-	11,  // 66: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
-	13,  // 67: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
-	12,  // 68: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
-	15,  // 69: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
-	17,  // 70: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
-	19,  // 71: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
-	19,  // 72: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
-	21,  // 73: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
-	23,  // 74: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
-	25,  // 75: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
-	27,  // 76: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
-	28,  // 77: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
-	95,  // 78: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
-	95,  // 79: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
-	30,  // 80: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
-	31,  // 81: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
-	12,  // 82: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
-	36,  // 83: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
-	35,  // 84: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
-	38,  // 85: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
-	35,  // 86: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
-	35,  // 87: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
-	35,  // 88: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
-	39,  // 89: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
-	95,  // 90: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
-	40,  // 91: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
-	42,  // 92: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
-	96,  // 93: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
-	43,  // 94: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
-	44,  // 95: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
-	97,  // 96: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
-	98,  // 97: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
-	46,  // 98: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
-	45,  // 99: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
-	48,  // 100: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
-	49,  // 101: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
-	51,  // 102: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
-	99,  // 103: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
-	53,  // 104: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
-	54,  // 105: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
-	56,  // 106: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
-	12,  // 107: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
-	58,  // 108: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
-	61,  // 109: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
-	63,  // 110: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
-	4,   // 111: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
-	77,  // 112: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
-	8,   // 113: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
-	10,  // 114: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
-	77,  // 115: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
-	14,  // 116: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
-	78,  // 117: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
-	78,  // 118: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
-	18,  // 119: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
-	20,  // 120: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
-	20,  // 121: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
-	22,  // 122: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
-	24,  // 123: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
-	26,  // 124: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
-	78,  // 125: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
-	29,  // 126: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
-	100, // 127: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
-	100, // 128: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
-	101, // 129: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
-	32,  // 130: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
-	34,  // 131: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
-	37,  // 132: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
-	79,  // 133: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
-	79,  // 134: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
-	79,  // 135: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
-	79,  // 136: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
-	35,  // 137: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
-	79,  // 138: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
-	100, // 139: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
-	41,  // 140: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
-	77,  // 141: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
-	102, // 142: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
-	96,  // 143: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
-	103, // 144: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
-	104, // 145: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
-	105, // 146: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
-	47,  // 147: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
-	91,  // 148: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
-	91,  // 149: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
-	50,  // 150: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
-	52,  // 151: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
-	106, // 152: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
-	107, // 153: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
-	55,  // 154: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
-	65,  // 155: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
-	57,  // 156: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
-	59,  // 157: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
-	62,  // 158: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
-	64,  // 159: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
-	111, // [111:160] is the sub-list for method output_type
-	62,  // [62:111] is the sub-list for method input_type
-	62,  // [62:62] is the sub-list for extension type_name
-	62,  // [62:62] is the sub-list for extension extendee
-	0,   // [0:62] is the sub-list for field type_name
+	97,  // 12: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
+	98,  // 13: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
+	93,  // 14: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
+	99,  // 15: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
+	100, // 16: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
+	90,  // 17: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
+	91,  // 18: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
+	97,  // 19: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
+	15,  // 20: tandem.v1.ListContainersResponse.scales:type_name -> tandem.v1.ServiceScale
+	95,  // 21: tandem.v1.ServiceScale.policy:type_name -> tandem.v1.ScalePolicy
+	101, // 22: tandem.v1.ServiceScale.status:type_name -> tandem.v1.ScaleStatus
+	94,  // 23: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
+	17,  // 24: tandem.v1.StartContainersRequest.selector:type_name -> tandem.v1.Selector
+	97,  // 25: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
+	17,  // 26: tandem.v1.StopContainersRequest.selector:type_name -> tandem.v1.Selector
+	93,  // 27: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
+	97,  // 28: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
+	17,  // 29: tandem.v1.RemoveContainersRequest.selector:type_name -> tandem.v1.Selector
+	17,  // 30: tandem.v1.KillContainersRequest.selector:type_name -> tandem.v1.Selector
+	17,  // 31: tandem.v1.PauseContainersRequest.selector:type_name -> tandem.v1.Selector
+	102, // 32: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
+	103, // 33: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
+	97,  // 34: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
+	17,  // 35: tandem.v1.LogsRequest.selector:type_name -> tandem.v1.Selector
+	104, // 36: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
+	17,  // 37: tandem.v1.StatsRequest.selector:type_name -> tandem.v1.Selector
+	34,  // 38: tandem.v1.StatsResponse.rows:type_name -> tandem.v1.StatsRow
+	105, // 39: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
+	106, // 40: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
+	98,  // 41: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
+	107, // 42: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
+	107, // 43: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
+	108, // 44: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
+	107, // 45: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
+	109, // 46: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
+	110, // 47: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
+	111, // 48: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
+	92,  // 49: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
+	46,  // 50: tandem.v1.RemoveVolumeRequest.volume:type_name -> tandem.v1.VolumeName
+	112, // 51: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	112, // 52: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
+	113, // 53: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
+	97,  // 54: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
+	114, // 55: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
+	98,  // 56: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
+	113, // 57: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
+	15,  // 58: tandem.v1.ExplainResponse.scale:type_name -> tandem.v1.ServiceScale
+	61,  // 59: tandem.v1.AskRequest.rebalance:type_name -> tandem.v1.RebalanceQuestion
+	62,  // 60: tandem.v1.AskRequest.consolidate:type_name -> tandem.v1.ConsolidateQuestion
+	63,  // 61: tandem.v1.AskRequest.lose:type_name -> tandem.v1.LoseQuestion
+	64,  // 62: tandem.v1.AskRequest.empty:type_name -> tandem.v1.EmptyQuestion
+	65,  // 63: tandem.v1.AskRequest.what_if:type_name -> tandem.v1.WhatIfQuestion
+	60,  // 64: tandem.v1.RebalanceQuestion.budget:type_name -> tandem.v1.MoveBudget
+	60,  // 65: tandem.v1.ConsolidateQuestion.budget:type_name -> tandem.v1.MoveBudget
+	66,  // 66: tandem.v1.WhatIfQuestion.add_hosts:type_name -> tandem.v1.AddedHosts
+	67,  // 67: tandem.v1.WhatIfQuestion.scale:type_name -> tandem.v1.ServiceReplicas
+	107, // 68: tandem.v1.AddedHosts.size:type_name -> tandem.v1.Size
+	83,  // 69: tandem.v1.AskResponse.plan:type_name -> tandem.v1.Plan
+	69,  // 70: tandem.v1.AskResponse.losses:type_name -> tandem.v1.LossCoverage
+	70,  // 71: tandem.v1.LossCoverage.losses:type_name -> tandem.v1.HostLoss
+	59,  // 72: tandem.v1.CarryOutRequest.question:type_name -> tandem.v1.AskRequest
+	83,  // 73: tandem.v1.CarryOutResponse.plan:type_name -> tandem.v1.Plan
+	75,  // 74: tandem.v1.RecommendResponse.recommendations:type_name -> tandem.v1.Recommendation
+	107, // 75: tandem.v1.Recommendation.reserved:type_name -> tandem.v1.Size
+	107, // 76: tandem.v1.Recommendation.recommended:type_name -> tandem.v1.Size
+	93,  // 77: tandem.v1.Recommendation.span:type_name -> google.protobuf.Duration
+	78,  // 78: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
+	85,  // 79: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
+	86,  // 80: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
+	84,  // 81: tandem.v1.Plan.totals:type_name -> tandem.v1.PlanTotals
+	107, // 82: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
+	107, // 83: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
+	114, // 84: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
+	114, // 85: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
+	0,   // 86: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
+	6,   // 87: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
+	7,   // 88: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
+	9,   // 89: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
+	11,  // 90: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
+	13,  // 91: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
+	12,  // 92: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
+	16,  // 93: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
+	18,  // 94: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
+	20,  // 95: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
+	20,  // 96: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
+	22,  // 97: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
+	24,  // 98: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
+	26,  // 99: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
+	28,  // 100: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
+	29,  // 101: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
+	115, // 102: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
+	115, // 103: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
+	31,  // 104: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
+	32,  // 105: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
+	12,  // 106: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
+	37,  // 107: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
+	36,  // 108: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
+	39,  // 109: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
+	36,  // 110: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
+	36,  // 111: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
+	36,  // 112: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
+	40,  // 113: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
+	115, // 114: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
+	41,  // 115: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
+	43,  // 116: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
+	116, // 117: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
+	44,  // 118: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
+	45,  // 119: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
+	117, // 120: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
+	118, // 121: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
+	47,  // 122: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
+	46,  // 123: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
+	49,  // 124: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
+	50,  // 125: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
+	52,  // 126: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
+	119, // 127: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
+	54,  // 128: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
+	55,  // 129: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
+	57,  // 130: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
+	12,  // 131: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
+	59,  // 132: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
+	71,  // 133: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
+	76,  // 134: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
+	79,  // 135: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
+	81,  // 136: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
+	4,   // 137: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
+	96,  // 138: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
+	8,   // 139: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
+	10,  // 140: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
+	96,  // 141: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
+	14,  // 142: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
+	97,  // 143: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
+	97,  // 144: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
+	19,  // 145: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
+	21,  // 146: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
+	21,  // 147: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
+	23,  // 148: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
+	25,  // 149: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
+	27,  // 150: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
+	97,  // 151: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
+	30,  // 152: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
+	120, // 153: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
+	120, // 154: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
+	121, // 155: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
+	33,  // 156: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
+	35,  // 157: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
+	38,  // 158: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
+	98,  // 159: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
+	98,  // 160: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
+	98,  // 161: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
+	98,  // 162: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
+	36,  // 163: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
+	98,  // 164: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
+	120, // 165: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
+	42,  // 166: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
+	96,  // 167: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
+	122, // 168: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
+	116, // 169: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
+	123, // 170: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
+	124, // 171: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
+	125, // 172: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
+	48,  // 173: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
+	111, // 174: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
+	111, // 175: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
+	51,  // 176: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
+	53,  // 177: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
+	126, // 178: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
+	127, // 179: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
+	56,  // 180: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
+	83,  // 181: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
+	58,  // 182: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
+	68,  // 183: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
+	72,  // 184: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
+	77,  // 185: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
+	80,  // 186: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
+	82,  // 187: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
+	137, // [137:188] is the sub-list for method output_type
+	86,  // [86:137] is the sub-list for method input_type
+	86,  // [86:86] is the sub-list for extension type_name
+	86,  // [86:86] is the sub-list for extension extendee
+	0,   // [0:86] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_api_proto_init() }
@@ -4648,13 +6206,20 @@ func file_tandem_v1_api_proto_init() {
 		(*ApplyProjectResponse_Progress)(nil),
 		(*ApplyProjectResponse_Result)(nil),
 	}
+	file_tandem_v1_api_proto_msgTypes[59].OneofWrappers = []any{
+		(*AskRequest_Rebalance)(nil),
+		(*AskRequest_Consolidate)(nil),
+		(*AskRequest_Lose)(nil),
+		(*AskRequest_Empty)(nil),
+		(*AskRequest_WhatIf)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_api_proto_rawDesc), len(file_tandem_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   74,
+			NumMessages:   93,
 			NumExtensions: 0,
 			NumServices:   7,
 		},

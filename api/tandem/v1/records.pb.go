@@ -294,6 +294,7 @@ type Service struct {
 	Ha                bool                   `protobuf:"varint,11,opt,name=ha,proto3" json:"ha,omitempty"`
 	Stopped           bool                   `protobuf:"varint,12,opt,name=stopped,proto3" json:"stopped,omitempty"`                                 // intent of `tandem stop`
 	ContainerName     string                 `protobuf:"bytes,13,opt,name=container_name,json=containerName,proto3" json:"container_name,omitempty"` // fixed name of its only container; empty = project-service-N
+	ScaleStatus       *ScaleStatus           `protobuf:"bytes,14,opt,name=scale_status,json=scaleStatus,proto3" json:"scale_status,omitempty"`       // with scale: written by the server
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -419,6 +420,82 @@ func (x *Service) GetContainerName() string {
 	return ""
 }
 
+func (x *Service) GetScaleStatus() *ScaleStatus {
+	if x != nil {
+		return x.ScaleStatus
+	}
+	return nil
+}
+
+// ScaleStatus is why a service that scales by itself has as many containers.
+type ScaleStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          int32                  `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"` // before the last change
+	To            int32                  `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"` // one sentence
+	At            *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleStatus) Reset() {
+	*x = ScaleStatus{}
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleStatus) ProtoMessage() {}
+
+func (x *ScaleStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleStatus.ProtoReflect.Descriptor instead.
+func (*ScaleStatus) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ScaleStatus) GetFrom() int32 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *ScaleStatus) GetTo() int32 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *ScaleStatus) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ScaleStatus) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 type ScalePolicy struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Min            int32                  `protobuf:"varint,1,opt,name=min,proto3" json:"min,omitempty"`
@@ -432,7 +509,7 @@ type ScalePolicy struct {
 
 func (x *ScalePolicy) Reset() {
 	*x = ScalePolicy{}
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -444,7 +521,7 @@ func (x *ScalePolicy) String() string {
 func (*ScalePolicy) ProtoMessage() {}
 
 func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -457,7 +534,7 @@ func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScalePolicy.ProtoReflect.Descriptor instead.
 func (*ScalePolicy) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ScalePolicy) GetMin() int32 {
@@ -521,7 +598,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -533,7 +610,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -546,7 +623,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Container) GetMeta() *Meta {
@@ -666,7 +743,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -678,7 +755,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -691,7 +768,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Assignment) GetHostId() string {
@@ -762,7 +839,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -774,7 +851,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -787,7 +864,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Reason) GetSummary() string {
@@ -827,7 +904,7 @@ type Option struct {
 
 func (x *Option) Reset() {
 	*x = Option{}
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -839,7 +916,7 @@ func (x *Option) String() string {
 func (*Option) ProtoMessage() {}
 
 func (x *Option) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -852,7 +929,7 @@ func (x *Option) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Option.ProtoReflect.Descriptor instead.
 func (*Option) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Option) GetAction() string {
@@ -923,7 +1000,7 @@ type Exclusion struct {
 
 func (x *Exclusion) Reset() {
 	*x = Exclusion{}
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1012,7 @@ func (x *Exclusion) String() string {
 func (*Exclusion) ProtoMessage() {}
 
 func (x *Exclusion) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1025,7 @@ func (x *Exclusion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exclusion.ProtoReflect.Descriptor instead.
 func (*Exclusion) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Exclusion) GetRule() string {
@@ -1001,7 +1078,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1090,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1103,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Machine) GetMeta() *Meta {
@@ -1135,7 +1212,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1224,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1237,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Volume) GetMeta() *Meta {
@@ -1226,7 +1303,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1315,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1328,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Host) GetMeta() *Meta {
@@ -1324,7 +1401,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v2\x1e.tandem.v1.Network.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc4\x04\n" +
 	"\aService\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
@@ -1339,10 +1416,16 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	" \x01(\bR\x06oneOff\x12\x0e\n" +
 	"\x02ha\x18\v \x01(\bR\x02ha\x12\x18\n" +
 	"\astopped\x18\f \x01(\bR\astopped\x12%\n" +
-	"\x0econtainer_name\x18\r \x01(\tR\rcontainerName\x1a9\n" +
+	"\x0econtainer_name\x18\r \x01(\tR\rcontainerName\x129\n" +
+	"\fscale_status\x18\x0e \x01(\v2\x16.tandem.v1.ScaleStatusR\vscaleStatus\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9e\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
+	"\vScaleStatus\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\x05R\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x05R\x02to\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x9e\x01\n" +
 	"\vScalePolicy\x12\x10\n" +
 	"\x03min\x18\x01 \x01(\x05R\x03min\x12\x10\n" +
 	"\x03max\x18\x02 \x01(\x05R\x03max\x12\x1d\n" +
@@ -1451,78 +1534,81 @@ func file_tandem_v1_records_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_records_proto_rawDescData
 }
 
-var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_tandem_v1_records_proto_goTypes = []any{
 	(*Meta)(nil),                  // 0: tandem.v1.Meta
 	(*Project)(nil),               // 1: tandem.v1.Project
 	(*Network)(nil),               // 2: tandem.v1.Network
 	(*Service)(nil),               // 3: tandem.v1.Service
-	(*ScalePolicy)(nil),           // 4: tandem.v1.ScalePolicy
-	(*Container)(nil),             // 5: tandem.v1.Container
-	(*Assignment)(nil),            // 6: tandem.v1.Assignment
-	(*Reason)(nil),                // 7: tandem.v1.Reason
-	(*Option)(nil),                // 8: tandem.v1.Option
-	(*Exclusion)(nil),             // 9: tandem.v1.Exclusion
-	(*Machine)(nil),               // 10: tandem.v1.Machine
-	(*Volume)(nil),                // 11: tandem.v1.Volume
-	(*Host)(nil),                  // 12: tandem.v1.Host
-	nil,                           // 13: tandem.v1.Project.LabelsEntry
-	nil,                           // 14: tandem.v1.Network.LabelsEntry
-	nil,                           // 15: tandem.v1.Service.LabelsEntry
-	nil,                           // 16: tandem.v1.Option.TermsEntry
-	nil,                           // 17: tandem.v1.Volume.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*ContainerSpec)(nil),         // 19: tandem.v1.ContainerSpec
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
-	(*ContainerStatus)(nil),       // 21: tandem.v1.ContainerStatus
-	(*PortMapping)(nil),           // 22: tandem.v1.PortMapping
-	(*NetworkAddress)(nil),        // 23: tandem.v1.NetworkAddress
-	(Isolation)(0),                // 24: tandem.v1.Isolation
-	(*Size)(nil),                  // 25: tandem.v1.Size
-	(*MachineStatus)(nil),         // 26: tandem.v1.MachineStatus
-	(*VolumeStatus)(nil),          // 27: tandem.v1.VolumeStatus
-	(*HostFacts)(nil),             // 28: tandem.v1.HostFacts
+	(*ScaleStatus)(nil),           // 4: tandem.v1.ScaleStatus
+	(*ScalePolicy)(nil),           // 5: tandem.v1.ScalePolicy
+	(*Container)(nil),             // 6: tandem.v1.Container
+	(*Assignment)(nil),            // 7: tandem.v1.Assignment
+	(*Reason)(nil),                // 8: tandem.v1.Reason
+	(*Option)(nil),                // 9: tandem.v1.Option
+	(*Exclusion)(nil),             // 10: tandem.v1.Exclusion
+	(*Machine)(nil),               // 11: tandem.v1.Machine
+	(*Volume)(nil),                // 12: tandem.v1.Volume
+	(*Host)(nil),                  // 13: tandem.v1.Host
+	nil,                           // 14: tandem.v1.Project.LabelsEntry
+	nil,                           // 15: tandem.v1.Network.LabelsEntry
+	nil,                           // 16: tandem.v1.Service.LabelsEntry
+	nil,                           // 17: tandem.v1.Option.TermsEntry
+	nil,                           // 18: tandem.v1.Volume.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*ContainerSpec)(nil),         // 20: tandem.v1.ContainerSpec
+	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
+	(*ContainerStatus)(nil),       // 22: tandem.v1.ContainerStatus
+	(*PortMapping)(nil),           // 23: tandem.v1.PortMapping
+	(*NetworkAddress)(nil),        // 24: tandem.v1.NetworkAddress
+	(Isolation)(0),                // 25: tandem.v1.Isolation
+	(*Size)(nil),                  // 26: tandem.v1.Size
+	(*MachineStatus)(nil),         // 27: tandem.v1.MachineStatus
+	(*VolumeStatus)(nil),          // 28: tandem.v1.VolumeStatus
+	(*HostFacts)(nil),             // 29: tandem.v1.HostFacts
 }
 var file_tandem_v1_records_proto_depIdxs = []int32{
-	18, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
+	19, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 1: tandem.v1.Project.meta:type_name -> tandem.v1.Meta
-	13, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
+	14, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
 	0,  // 3: tandem.v1.Network.meta:type_name -> tandem.v1.Meta
-	14, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
+	15, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
 	0,  // 5: tandem.v1.Service.meta:type_name -> tandem.v1.Meta
-	19, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
-	15, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
-	4,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
-	0,  // 9: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
-	19, // 10: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
-	20, // 11: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
-	6,  // 12: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
-	21, // 13: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
-	7,  // 14: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
-	18, // 15: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
-	22, // 16: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
-	23, // 17: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
-	8,  // 18: tandem.v1.Reason.options:type_name -> tandem.v1.Option
-	9,  // 19: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
-	16, // 20: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
-	0,  // 21: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
-	24, // 22: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
-	25, // 23: tandem.v1.Machine.size:type_name -> tandem.v1.Size
-	25, // 24: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
-	26, // 25: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
-	7,  // 26: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
-	25, // 27: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
-	0,  // 28: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
-	17, // 29: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
-	27, // 30: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
-	0,  // 31: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
-	28, // 32: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
-	18, // 33: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	20, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
+	16, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
+	5,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
+	4,  // 9: tandem.v1.Service.scale_status:type_name -> tandem.v1.ScaleStatus
+	19, // 10: tandem.v1.ScaleStatus.at:type_name -> google.protobuf.Timestamp
+	0,  // 11: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
+	20, // 12: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
+	21, // 13: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
+	7,  // 14: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
+	22, // 15: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
+	8,  // 16: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
+	19, // 17: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
+	23, // 18: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
+	24, // 19: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
+	9,  // 20: tandem.v1.Reason.options:type_name -> tandem.v1.Option
+	10, // 21: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
+	17, // 22: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
+	0,  // 23: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
+	25, // 24: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
+	26, // 25: tandem.v1.Machine.size:type_name -> tandem.v1.Size
+	26, // 26: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
+	27, // 27: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
+	8,  // 28: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
+	26, // 29: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
+	0,  // 30: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
+	18, // 31: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
+	28, // 32: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
+	0,  // 33: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
+	29, // 34: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
+	19, // 35: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_records_proto_init() }
@@ -1538,7 +1624,7 @@ func file_tandem_v1_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_records_proto_rawDesc), len(file_tandem_v1_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

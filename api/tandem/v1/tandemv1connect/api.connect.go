@@ -140,6 +140,10 @@ const (
 	SystemServicePlanProcedure = "/tandem.v1.SystemService/Plan"
 	// SystemServiceExplainProcedure is the fully-qualified name of the SystemService's Explain RPC.
 	SystemServiceExplainProcedure = "/tandem.v1.SystemService/Explain"
+	// SystemServiceAskProcedure is the fully-qualified name of the SystemService's Ask RPC.
+	SystemServiceAskProcedure = "/tandem.v1.SystemService/Ask"
+	// SystemServiceCarryOutProcedure is the fully-qualified name of the SystemService's CarryOut RPC.
+	SystemServiceCarryOutProcedure = "/tandem.v1.SystemService/CarryOut"
 	// StateServiceListProcedure is the fully-qualified name of the StateService's List RPC.
 	StateServiceListProcedure = "/tandem.v1.StateService/List"
 	// StateServicePurgeProcedure is the fully-qualified name of the StateService's Purge RPC.
@@ -1427,6 +1431,12 @@ type SystemServiceClient interface {
 	// Plan prints what the planner would do now for all that is not yet placed.
 	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.Plan], error)
 	Explain(context.Context, *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.ExplainResponse], error)
+	// Ask puts a question to the planner. It is answered on a copy of what the
+	// planner knows: nothing changes.
+	Ask(context.Context, *connect.Request[v1.AskRequest]) (*connect.Response[v1.AskResponse], error)
+	// CarryOut does what Ask answered; Aborted when the state has changed since that
+	// answer's revision.
+	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
 }
 
 // NewSystemServiceClient constructs a client for the tandem.v1.SystemService service. By default,
@@ -1476,17 +1486,31 @@ func NewSystemServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(systemServiceMethods.ByName("Explain")),
 			connect.WithClientOptions(opts...),
 		),
+		ask: connect.NewClient[v1.AskRequest, v1.AskResponse](
+			httpClient,
+			baseURL+SystemServiceAskProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("Ask")),
+			connect.WithClientOptions(opts...),
+		),
+		carryOut: connect.NewClient[v1.CarryOutRequest, v1.CarryOutResponse](
+			httpClient,
+			baseURL+SystemServiceCarryOutProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("CarryOut")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // systemServiceClient implements SystemServiceClient.
 type systemServiceClient struct {
-	version *connect.Client[v1.VersionRequest, v1.VersionResponse]
-	doctor  *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
-	events  *connect.Client[v1.EventsRequest, v1.Event]
-	hosts   *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
-	plan    *connect.Client[v1.PlanRequest, v1.Plan]
-	explain *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
+	version  *connect.Client[v1.VersionRequest, v1.VersionResponse]
+	doctor   *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	events   *connect.Client[v1.EventsRequest, v1.Event]
+	hosts    *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	plan     *connect.Client[v1.PlanRequest, v1.Plan]
+	explain  *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
+	ask      *connect.Client[v1.AskRequest, v1.AskResponse]
+	carryOut *connect.Client[v1.CarryOutRequest, v1.CarryOutResponse]
 }
 
 // Version calls tandem.v1.SystemService.Version.
@@ -1519,6 +1543,16 @@ func (c *systemServiceClient) Explain(ctx context.Context, req *connect.Request[
 	return c.explain.CallUnary(ctx, req)
 }
 
+// Ask calls tandem.v1.SystemService.Ask.
+func (c *systemServiceClient) Ask(ctx context.Context, req *connect.Request[v1.AskRequest]) (*connect.Response[v1.AskResponse], error) {
+	return c.ask.CallUnary(ctx, req)
+}
+
+// CarryOut calls tandem.v1.SystemService.CarryOut.
+func (c *systemServiceClient) CarryOut(ctx context.Context, req *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error) {
+	return c.carryOut.CallUnary(ctx, req)
+}
+
 // SystemServiceHandler is an implementation of the tandem.v1.SystemService service.
 type SystemServiceHandler interface {
 	Version(context.Context, *connect.Request[v1.VersionRequest]) (*connect.Response[v1.VersionResponse], error)
@@ -1528,6 +1562,12 @@ type SystemServiceHandler interface {
 	// Plan prints what the planner would do now for all that is not yet placed.
 	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.Plan], error)
 	Explain(context.Context, *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.ExplainResponse], error)
+	// Ask puts a question to the planner. It is answered on a copy of what the
+	// planner knows: nothing changes.
+	Ask(context.Context, *connect.Request[v1.AskRequest]) (*connect.Response[v1.AskResponse], error)
+	// CarryOut does what Ask answered; Aborted when the state has changed since that
+	// answer's revision.
+	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
 }
 
 // NewSystemServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1573,6 +1613,18 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(systemServiceMethods.ByName("Explain")),
 		connect.WithHandlerOptions(opts...),
 	)
+	systemServiceAskHandler := connect.NewUnaryHandler(
+		SystemServiceAskProcedure,
+		svc.Ask,
+		connect.WithSchema(systemServiceMethods.ByName("Ask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	systemServiceCarryOutHandler := connect.NewUnaryHandler(
+		SystemServiceCarryOutProcedure,
+		svc.CarryOut,
+		connect.WithSchema(systemServiceMethods.ByName("CarryOut")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tandem.v1.SystemService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SystemServiceVersionProcedure:
@@ -1587,6 +1639,10 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 			systemServicePlanHandler.ServeHTTP(w, r)
 		case SystemServiceExplainProcedure:
 			systemServiceExplainHandler.ServeHTTP(w, r)
+		case SystemServiceAskProcedure:
+			systemServiceAskHandler.ServeHTTP(w, r)
+		case SystemServiceCarryOutProcedure:
+			systemServiceCarryOutHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1618,6 +1674,14 @@ func (UnimplementedSystemServiceHandler) Plan(context.Context, *connect.Request[
 
 func (UnimplementedSystemServiceHandler) Explain(context.Context, *connect.Request[v1.ContainerRequest]) (*connect.Response[v1.ExplainResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Explain is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) Ask(context.Context, *connect.Request[v1.AskRequest]) (*connect.Response[v1.AskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Ask is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.CarryOut is not implemented"))
 }
 
 // StateServiceClient is a client for the tandem.v1.StateService service.
