@@ -101,7 +101,16 @@ func (a *app) ps() *cobra.Command {
 				rows = append(rows, []string{x.GetMeta().GetName(), x.GetSpec().GetImage(), statusText(x, now),
 					where.of(x), addressText(x.GetAssignment()), portsText(x.GetAssignment().GetPorts())})
 			}
-			return a.table("NAME|IMAGE|STATUS|MACHINE|ADDRESS|PORTS", rows)
+			if err := a.table("NAME|IMAGE|STATUS|MACHINE|ADDRESS|PORTS", rows); err != nil {
+				return err
+			}
+			for i, s := range res.Msg.GetScales() {
+				if i == 0 {
+					fmt.Fprintln(a.env.Stdout)
+				}
+				fmt.Fprintln(a.env.Stdout, printable(scaleLine(s)))
+			}
+			return nil
 		},
 	}
 	c.Flags().BoolVarP(&all, "all", "a", false, "stopped ones too")

@@ -11,6 +11,7 @@ import (
 	"github.com/compose-spec/compose-go/v2/types"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"tandem/api/scaling"
 	v1 "tandem/api/tandem/v1"
 )
 
@@ -124,6 +125,9 @@ func (c *converter) service(a at, s *types.ServiceConfig) *v1.ServiceSpec {
 	if s.Deploy != nil {
 		c.deploy(a.in("deploy"), s.Deploy, spec)
 	}
+	for _, what := range scaling.Check(spec) {
+		a.in(extension+".scale").bad("%s", what)
+	}
 	return spec
 }
 
@@ -156,8 +160,6 @@ func (c *converter) replicas(a at, s *types.ServiceConfig, scale *v1.ScalePolicy
 	if scale != nil {
 		if !explicit {
 			n = int(max(scale.Min, 1))
-		} else if n < int(scale.Min) || n > int(scale.Max) {
-			a.in(extension+".scale").bad("replicas (%d) must lie between min (%d) and max (%d)", n, scale.Min, scale.Max)
 		}
 	}
 	return int32(n)

@@ -145,17 +145,7 @@ func (c *converter) scale(a at, value any) *v1.ScalePolicy {
 	if len(a.problems) > before {
 		return nil
 	}
-	switch {
-	case s.Max < 1:
-		a.in("max").bad("name the most replicas there may be")
-	case s.Max < s.Min:
-		a.bad("max (%d) is below min (%d)", s.Max, s.Min)
-	case s.CpuTarget == 0 && s.MemoryTarget == 0 && s.PressureTarget == 0:
-		a.bad("name at least one target: cpu, memory or pressure")
-	default:
-		return s
-	}
-	return nil
+	return s
 }
 
 // fraction reads "70%" or 0.7, of what a container reserves.

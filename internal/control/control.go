@@ -68,6 +68,7 @@ type Controller struct {
 	mover  mover
 	away   map[string]time.Time // hosts, and since when restartLost sees them away
 	lost   losses
+	scaler scaler
 	held   holds
 	tombs  tombs
 	// again wakes controllers for reasons that are no change of a record.
@@ -144,6 +145,7 @@ func (c *Controller) loops() []loop {
 		{"restart", c.restartLost, []store.Kind{store.Hosts, store.Machines, store.Containers}},
 		{"moves", c.moves, []store.Kind{store.Hosts, store.Containers}},
 		{"fold", c.fold, []store.Kind{store.Hosts, store.Machines, store.Containers, store.Services}},
+		{"scale", c.scaleServices, []store.Kind{store.Services}},
 	}
 }
 

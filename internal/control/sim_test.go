@@ -61,6 +61,10 @@ func (d direct) Apply(ctx context.Context, r *connect.Request[v1.ApplyHostReques
 	return d.h.Apply(ctx, r)
 }
 
+func (d direct) Stats(ctx context.Context, r *connect.Request[v1.AgentStatsRequest]) (*connect.Response[v1.AgentStatsResponse], error) {
+	return d.h.Stats(ctx, r)
+}
+
 func newWorld(t *testing.T) *world {
 	w := &world{t: t, ctx: t.Context(), begin: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), hosts: map[string]*simHost{}, seen: map[string]string{}}
 	w.clock = clock.NewFake(w.begin)

@@ -139,6 +139,12 @@ func (x *script) do(line string) {
 		for _, h := range x.hosts {
 			h.Script(names[0], s)
 		}
+	case "load": // of all containers of an image: cpu= (thousandths, together) memory= (each) pressure= (percent) silent=yes kernel=old
+		l := fakehost.Load{CPUMilli: set.number(t, "cpu", 0), MemoryBytes: set.bytes(t, "memory"), Pressure: float64(set.number(t, "pressure", 0)), Silent: set["silent"] == "yes"}
+		l.NoPressure = set["kernel"] == "old"
+		for _, h := range x.hosts {
+			h.Load(names[0], l)
+		}
 	case "project":
 		tx := x.st.Txn()
 		tx.Create(&v1.Project{Meta: &v1.Meta{Name: names[0], Id: "p-" + names[0]}})
@@ -191,7 +197,7 @@ func change[T store.Record](x *script, k store.Key, fn func(T)) {
 // service makes a service or changes it, as `up` does. Settings: image= replicas=
 // cpu= (thousandths) memory= needs=SERVICE:CONDITION,… restart=POLICY[:RETRIES]
 // check=yes publish=HOST:PORT grace= order= parallel= isolation=metal spread=
-// volume=NAME
+// volume=NAME min= max= target= (percent of cpu) pressure=
 func (x *script) service(project, name string, set settings) {
 	t := x.t
 	spec := &v1.ContainerSpec{Image: set["image"], Resources: &v1.Resources{CpuMilliReservation: set.number(t, "cpu", 0), MemoryBytesReservation: set.bytes(t, "memory")}}
@@ -230,6 +236,10 @@ func (x *script) service(project, name string, set settings) {
 	fill := func(s *v1.Service) {
 		s.Template, s.Hash, s.Replicas = spec, ServiceHash(spec), int32(set.number(t, "replicas", 1))
 		s.Spread = set["spread"]
+		if set["max"] != "" {
+			s.Scale = &v1.ScalePolicy{Min: int32(set.number(t, "min", 1)), Max: int32(set.number(t, "max", 1)), CpuTarget: float64(set.number(t, "target", 0)) / 100,
+				PressureTarget: float64(set.number(t, "pressure", 0))}
+		}
 		s.UpdateOrder, s.UpdateParallelism = set["order"], int32(set.number(t, "parallel", 0))
 	}
 	k := store.KeyOf(fresh)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"tandem/api/scaling"
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control"
 	"tandem/internal/store"
@@ -66,6 +67,9 @@ func checkApply(r *v1.ApplyProjectRequest) error {
 		}
 		if !slices.Contains([]string{"", "host", "machine", "zone"}, s.Spread) {
 			p.add("spread %.20q is not one of host, machine, zone", s.Spread)
+		}
+		for _, what := range scaling.Check(s) {
+			p.add("scale: %s", what)
 		}
 		p.spec(s.Template)
 		for _, n := range s.GetTemplate().GetNetworks() {

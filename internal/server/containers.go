@@ -26,6 +26,11 @@ func (k *containers) List(_ context.Context, req *connect.Request[v1.ListContain
 		}
 		out.Containers = append(out.Containers, listed(c))
 	}
+	for _, sv := range store.List[*v1.Service](k.s.store, r.GetProject()) {
+		if sc := k.s.ctl.Scale(sv); sc != nil && (len(r.Services) == 0 || slices.Contains(r.Services, sv.Meta.Name)) {
+			out.Scales = append(out.Scales, sc)
+		}
+	}
 	return connect.NewResponse(out), nil
 }
 

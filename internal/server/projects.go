@@ -207,6 +207,9 @@ func (p *projects) Scale(ctx context.Context, req *connect.Request[v1.ScaleReque
 			if n < 0 || n > maxReplicas || (n > 1 && sv.ContainerName != "") {
 				return fmt.Errorf("service %s: %d containers are not possible (0 to %d; 1 with container_name): %w", name, n, maxReplicas, errdefs.ErrInvalidArgument)
 			}
+			if p := sv.Scale; p != nil && n != 0 && (n < p.Min || n > p.Max) {
+				return fmt.Errorf("service %s scales by itself between %d and %d: %d is not possible; change x-tandem.scale, or give 0 to switch it off: %w", name, p.Min, p.Max, n, errdefs.ErrInvalidArgument)
+			}
 			in[name] = true
 			if sv.Replicas != n {
 				sv = proto.Clone(sv).(*v1.Service)

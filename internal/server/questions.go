@@ -345,3 +345,12 @@ func (q *question) scale(out *planner.WhatIf, list []*v1.ServiceReplicas) error 
 	}
 	return nil
 }
+
+// scaleText says why a service has as many containers as it has.
+func scaleText(s *v1.ServiceScale) string {
+	t := fmt.Sprintf("Service %s scales by itself and has %d of %d to %d containers: %s.\n", s.Service, s.Replicas, s.Policy.GetMin(), s.Policy.GetMax(), s.Now)
+	if st := s.Status; st != nil {
+		t += fmt.Sprintf("It went from %d to %d at %s: %s.\n", st.From, st.To, st.At.AsTime().UTC().Format("2006-01-02 15:04:05 UTC"), st.Reason)
+	}
+	return t
+}

@@ -164,6 +164,7 @@ func (k *system) Explain(_ context.Context, req *connect.Request[v1.ContainerReq
 	} else {
 		out.Reason = s.ctl.Unplaced(c.Meta.Id)
 	}
+	out.Scale = s.ctl.ScaleOf(c)
 	out.Text = explain(out, s.ctl.WaitsFor(c, s.store.Snapshot()))
 	return connect.NewResponse(out), nil
 }
@@ -190,6 +191,9 @@ func explain(r *v1.ExplainResponse, waits string) string {
 	}
 	if waits != "" && !c.Stopped {
 		fmt.Fprintf(&b, "It waits for %s.\n", waits)
+	}
+	if r.Scale != nil {
+		b.WriteString(scaleText(r.Scale))
 	}
 	if r.Reason == nil {
 		return b.String()

@@ -2154,6 +2154,7 @@ type Usage struct {
 	NetRxPackets     uint64                 `protobuf:"varint,15,opt,name=net_rx_packets,json=netRxPackets,proto3" json:"net_rx_packets,omitempty"`
 	NetTxPackets     uint64                 `protobuf:"varint,16,opt,name=net_tx_packets,json=netTxPackets,proto3" json:"net_tx_packets,omitempty"`
 	CpuThrottledNs   uint64                 `protobuf:"varint,17,opt,name=cpu_throttled_ns,json=cpuThrottledNs,proto3" json:"cpu_throttled_ns,omitempty"`
+	PressureKnown    bool                   `protobuf:"varint,18,opt,name=pressure_known,json=pressureKnown,proto3" json:"pressure_known,omitempty"` // false: the kernel tells no pressure of it
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -2305,6 +2306,13 @@ func (x *Usage) GetCpuThrottledNs() uint64 {
 		return x.CpuThrottledNs
 	}
 	return 0
+}
+
+func (x *Usage) GetPressureKnown() bool {
+	if x != nil {
+		return x.PressureKnown
+	}
+	return false
 }
 
 // Progress is one step of long work. A stream of them ends with done or an error.
@@ -3267,7 +3275,7 @@ func (x *Process) GetState() string {
 type Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	At            *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`     // "container", "machine", "image", "volume", "host", "project"
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`     // "container", "machine", "image", "volume", "host", "project", "service"
 	Action        string                 `protobuf:"bytes,3,opt,name=action,proto3" json:"action,omitempty"` // "create", "start", "die", "oom", "health_status: healthy", "grow", ...
 	Id            string                 `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`
 	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
@@ -3810,7 +3818,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\x05usage\x18\f \x01(\v2\x10.tandem.v1.UsageR\x05usage\x12\x17\n" +
 	"\ahost_id\x18\r \x01(\tR\x06hostId\x12\x1b\n" +
 	"\tpss_bytes\x18\x0e \x01(\x03R\bpssBytes\x12/\n" +
-	"\x13observed_generation\x18\x0f \x01(\x04R\x12observedGeneration\"\x82\x05\n" +
+	"\x13observed_generation\x18\x0f \x01(\x04R\x12observedGeneration\"\xa9\x05\n" +
 	"\x05Usage\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12 \n" +
 	"\fcpu_usage_ns\x18\x02 \x01(\x04R\n" +
@@ -3833,7 +3841,8 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\toom_kills\x18\x0e \x01(\x04R\boomKills\x12$\n" +
 	"\x0enet_rx_packets\x18\x0f \x01(\x04R\fnetRxPackets\x12$\n" +
 	"\x0enet_tx_packets\x18\x10 \x01(\x04R\fnetTxPackets\x12(\n" +
-	"\x10cpu_throttled_ns\x18\x11 \x01(\x04R\x0ecpuThrottledNs\"\xe8\x01\n" +
+	"\x10cpu_throttled_ns\x18\x11 \x01(\x04R\x0ecpuThrottledNs\x12%\n" +
+	"\x0epressure_known\x18\x12 \x01(\bR\rpressureKnown\"\xe8\x01\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x18\n" +

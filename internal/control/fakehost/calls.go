@@ -181,12 +181,15 @@ func (h *Host) Stats(_ context.Context, req *connect.Request[v1.AgentStatsReques
 	defer h.mu.Unlock()
 	out := &v1.AgentStatsResponse{Containers: map[string]*v1.Usage{}, Machines: map[string]*v1.Usage{}}
 	now := h.opts.Clock.Now()
+	h.work(now)
 	use := func(since time.Time) *v1.Usage {
 		return &v1.Usage{At: h.now(), CpuUsageNs: uint64(now.Sub(since) / 2), MemoryBytes: 10 << 20}
 	}
 	for id, c := range h.containers {
 		if c.st.State == v1.ContainerState_CONTAINER_STATE_RUNNING && (req.Msg.All || slices.Contains(req.Msg.ContainerIds, id)) {
-			out.Containers[id] = use(c.st.StartedAt.AsTime())
+			if out.Containers[id] = h.loaded(id, c); out.Containers[id] == nil {
+				out.Containers[id] = use(c.st.StartedAt.AsTime())
+			}
 		}
 	}
 	for id, m := range h.machines {

@@ -86,6 +86,7 @@ type Host struct {
 	events     []event
 	progress   []step
 	applies    int
+	load       load
 }
 
 type gone struct {

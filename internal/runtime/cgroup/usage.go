@@ -69,6 +69,8 @@ func (g Group) usage2(u *v1.Usage) {
 			u.BlockWriteBytes += n
 		}
 	}
+	_, err := os.Stat(filepath.Join(d, "cpu.pressure"))
+	u.PressureKnown = err == nil
 	u.CpuPressure = pressure(filepath.Join(d, "cpu.pressure"))
 	u.MemoryPressure = pressure(filepath.Join(d, "memory.pressure"))
 	u.IoPressure = pressure(filepath.Join(d, "io.pressure"))
