@@ -25,13 +25,14 @@ import (
 
 // fakeServer answers with what a small cluster would.
 type fakeServer struct {
-	created *v1.CreateContainerRequest
-	execed  *v1.ExecSpec
-	removed *v1.RemoveProjectRequest
-	purged  *v1.PurgeStateRequest
-	broken  bool
-	asked   *v1.AskRequest
-	carried *v1.CarryOutRequest
+	created     *v1.CreateContainerRequest
+	execed      *v1.ExecSpec
+	removed     *v1.RemoveProjectRequest
+	purged      *v1.PurgeStateRequest
+	broken      bool
+	asked       *v1.AskRequest
+	carried     *v1.CarryOutRequest
+	recommended *v1.RecommendRequest
 }
 
 func (f *fakeServer) list() []*v1.Container {

@@ -165,7 +165,7 @@ and says why.
 	}
 	add(groupRun, a.up(), a.down(), a.run(), a.exec(), a.start(), a.stop(), a.restart(), a.kill(), a.rm(), a.scale(), a.attach(), a.pause(), a.unpause(), a.update(), a.wait())
 	add(groupLook, a.ps(), a.logs(), a.stats(), a.top(), a.events(), a.inspect(), a.picture())
-	add(groupDecide, a.plan(), a.explain(), a.rebalance(), a.consolidate(), a.rehearse(), a.whatIf(), a.simulate())
+	add(groupDecide, a.plan(), a.explain(), a.rebalance(), a.consolidate(), a.rehearse(), a.whatIf(), a.recommend(), a.simulate())
 	add(groupParts, a.machine(), a.image(), a.volume(), a.hostCmd())
 	add(groupSystem, a.doctor(), a.version(), a.state())
 	for _, c := range root.Commands() {

@@ -42,6 +42,9 @@ type Options struct {
 	// that come close together are one round's work (default 10 ms). It rests as long
 	// as the last round took: the first change after a quiet time is acted upon at once.
 	Debounce time.Duration
+	// UsageFile is where what services use is written down; empty: nowhere, and
+	// recommendations begin anew with each start.
+	UsageFile string
 	// Events is how many events are kept (default 10,000).
 	Events int
 }
@@ -69,6 +72,7 @@ type Controller struct {
 	away   map[string]time.Time // hosts, and since when restartLost sees them away
 	lost   losses
 	scaler scaler
+	usages usages
 	held   holds
 	tombs  tombs
 	// again wakes controllers for reasons that are no change of a record.
@@ -146,6 +150,7 @@ func (c *Controller) loops() []loop {
 		{"moves", c.moves, []store.Kind{store.Hosts, store.Containers}},
 		{"fold", c.fold, []store.Kind{store.Hosts, store.Machines, store.Containers, store.Services}},
 		{"scale", c.scaleServices, []store.Kind{store.Services}},
+		{"observe", c.observe, []store.Kind{store.Services}},
 	}
 }
 
@@ -170,6 +175,7 @@ func (c *Controller) Run(ctx context.Context) error {
 	}
 	cancel()
 	wg.Wait()
+	c.closeUsage()
 	return err
 }
 

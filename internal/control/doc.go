@@ -12,6 +12,7 @@
 //	restart.go   hosts that stay away -> what may run elsewhere does
 //	collect.go   records that are to go and of which nothing is left -> gone
 //	scale.go     what services use -> how many replicas they have
+//	recommend.go what services use, remembered -> what they should reserve
 //	questions.go copies of the planner's state for questions; stale plans
 //	hosts.go     sessions of agents: facts, statuses in; intent (HostSpec) out
 //

@@ -154,7 +154,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("the agents' token: %w", err)
 	}
 	s.ctl, err = control.New(control.Options{Store: st, Logger: s.log, Clock: s.opts.Clock, ClusterCIDR: s.opts.ClusterCIDR,
-		Elasticity: s.opts.Elasticity})
+		UsageFile: filepath.Join(s.opts.StateDir, "usage.json"), Elasticity: s.opts.Elasticity})
 	if err != nil {
 		return err
 	}

@@ -5839,7 +5839,7 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x04List\x12\x1d.tandem.v1.ListVolumesRequest\x1a\x1e.tandem.v1.ListVolumesResponse\x123\n" +
 	"\aInspect\x12\x15.tandem.v1.VolumeName\x1a\x11.tandem.v1.Volume\x12;\n" +
 	"\x06Create\x12\x1e.tandem.v1.CreateVolumeRequest\x1a\x11.tandem.v1.Volume\x12I\n" +
-	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\xfc\x03\n" +
+	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\xc4\x04\n" +
 	"\rSystemService\x12@\n" +
 	"\aVersion\x12\x19.tandem.v1.VersionRequest\x1a\x1a.tandem.v1.VersionResponse\x12=\n" +
 	"\x06Doctor\x12\x18.tandem.v1.DoctorRequest\x1a\x19.tandem.v1.DoctorResponse\x126\n" +
@@ -5848,7 +5848,8 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x04Plan\x12\x16.tandem.v1.PlanRequest\x1a\x0f.tandem.v1.Plan\x12B\n" +
 	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponse\x124\n" +
 	"\x03Ask\x12\x15.tandem.v1.AskRequest\x1a\x16.tandem.v1.AskResponse\x12C\n" +
-	"\bCarryOut\x12\x1a.tandem.v1.CarryOutRequest\x1a\x1b.tandem.v1.CarryOutResponse2\xe2\x01\n" +
+	"\bCarryOut\x12\x1a.tandem.v1.CarryOutRequest\x1a\x1b.tandem.v1.CarryOutResponse\x12F\n" +
+	"\tRecommend\x12\x1b.tandem.v1.RecommendRequest\x1a\x1c.tandem.v1.RecommendResponse2\xe2\x01\n" +
 	"\fStateService\x12A\n" +
 	"\x04List\x12\x1b.tandem.v1.ListStateRequest\x1a\x1c.tandem.v1.ListStateResponse\x12D\n" +
 	"\x05Purge\x12\x1c.tandem.v1.PurgeStateRequest\x1a\x1d.tandem.v1.PurgeStateResponse\x12I\n" +
@@ -6132,62 +6133,64 @@ var file_tandem_v1_api_proto_depIdxs = []int32{
 	12,  // 131: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
 	59,  // 132: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
 	71,  // 133: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
-	76,  // 134: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
-	79,  // 135: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
-	81,  // 136: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
-	4,   // 137: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
-	96,  // 138: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
-	8,   // 139: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
-	10,  // 140: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
-	96,  // 141: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
-	14,  // 142: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
-	97,  // 143: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
-	97,  // 144: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
-	19,  // 145: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
-	21,  // 146: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
-	21,  // 147: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
-	23,  // 148: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
-	25,  // 149: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
-	27,  // 150: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
-	97,  // 151: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
-	30,  // 152: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
-	120, // 153: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
-	120, // 154: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
-	121, // 155: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
-	33,  // 156: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
-	35,  // 157: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
-	38,  // 158: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
-	98,  // 159: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
-	98,  // 160: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
-	98,  // 161: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
-	98,  // 162: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
-	36,  // 163: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
-	98,  // 164: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
-	120, // 165: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
-	42,  // 166: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
-	96,  // 167: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
-	122, // 168: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
-	116, // 169: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
-	123, // 170: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
-	124, // 171: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
-	125, // 172: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
-	48,  // 173: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
-	111, // 174: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
-	111, // 175: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
-	51,  // 176: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
-	53,  // 177: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
-	126, // 178: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
-	127, // 179: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
-	56,  // 180: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
-	83,  // 181: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
-	58,  // 182: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
-	68,  // 183: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
-	72,  // 184: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
-	77,  // 185: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
-	80,  // 186: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
-	82,  // 187: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
-	137, // [137:188] is the sub-list for method output_type
-	86,  // [86:137] is the sub-list for method input_type
+	73,  // 134: tandem.v1.SystemService.Recommend:input_type -> tandem.v1.RecommendRequest
+	76,  // 135: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
+	79,  // 136: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
+	81,  // 137: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
+	4,   // 138: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
+	96,  // 139: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
+	8,   // 140: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
+	10,  // 141: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
+	96,  // 142: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
+	14,  // 143: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
+	97,  // 144: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
+	97,  // 145: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
+	19,  // 146: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
+	21,  // 147: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
+	21,  // 148: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
+	23,  // 149: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
+	25,  // 150: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
+	27,  // 151: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
+	97,  // 152: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
+	30,  // 153: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
+	120, // 154: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
+	120, // 155: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
+	121, // 156: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
+	33,  // 157: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
+	35,  // 158: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
+	38,  // 159: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
+	98,  // 160: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
+	98,  // 161: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
+	98,  // 162: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
+	98,  // 163: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
+	36,  // 164: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
+	98,  // 165: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
+	120, // 166: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
+	42,  // 167: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
+	96,  // 168: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
+	122, // 169: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
+	116, // 170: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
+	123, // 171: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
+	124, // 172: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
+	125, // 173: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
+	48,  // 174: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
+	111, // 175: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
+	111, // 176: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
+	51,  // 177: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
+	53,  // 178: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
+	126, // 179: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
+	127, // 180: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
+	56,  // 181: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
+	83,  // 182: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
+	58,  // 183: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
+	68,  // 184: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
+	72,  // 185: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
+	74,  // 186: tandem.v1.SystemService.Recommend:output_type -> tandem.v1.RecommendResponse
+	77,  // 187: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
+	80,  // 188: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
+	82,  // 189: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
+	138, // [138:190] is the sub-list for method output_type
+	86,  // [86:138] is the sub-list for method input_type
 	86,  // [86:86] is the sub-list for extension type_name
 	86,  // [86:86] is the sub-list for extension extendee
 	0,   // [0:86] is the sub-list for field type_name

@@ -144,6 +144,8 @@ const (
 	SystemServiceAskProcedure = "/tandem.v1.SystemService/Ask"
 	// SystemServiceCarryOutProcedure is the fully-qualified name of the SystemService's CarryOut RPC.
 	SystemServiceCarryOutProcedure = "/tandem.v1.SystemService/CarryOut"
+	// SystemServiceRecommendProcedure is the fully-qualified name of the SystemService's Recommend RPC.
+	SystemServiceRecommendProcedure = "/tandem.v1.SystemService/Recommend"
 	// StateServiceListProcedure is the fully-qualified name of the StateService's List RPC.
 	StateServiceListProcedure = "/tandem.v1.StateService/List"
 	// StateServicePurgeProcedure is the fully-qualified name of the StateService's Purge RPC.
@@ -1437,6 +1439,8 @@ type SystemServiceClient interface {
 	// CarryOut does what Ask answered; Aborted when the state has changed since that
 	// answer's revision.
 	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
+	// Recommend says what services should reserve, from what they were seen to use.
+	Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error)
 }
 
 // NewSystemServiceClient constructs a client for the tandem.v1.SystemService service. By default,
@@ -1498,19 +1502,26 @@ func NewSystemServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(systemServiceMethods.ByName("CarryOut")),
 			connect.WithClientOptions(opts...),
 		),
+		recommend: connect.NewClient[v1.RecommendRequest, v1.RecommendResponse](
+			httpClient,
+			baseURL+SystemServiceRecommendProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("Recommend")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // systemServiceClient implements SystemServiceClient.
 type systemServiceClient struct {
-	version  *connect.Client[v1.VersionRequest, v1.VersionResponse]
-	doctor   *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
-	events   *connect.Client[v1.EventsRequest, v1.Event]
-	hosts    *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
-	plan     *connect.Client[v1.PlanRequest, v1.Plan]
-	explain  *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
-	ask      *connect.Client[v1.AskRequest, v1.AskResponse]
-	carryOut *connect.Client[v1.CarryOutRequest, v1.CarryOutResponse]
+	version   *connect.Client[v1.VersionRequest, v1.VersionResponse]
+	doctor    *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	events    *connect.Client[v1.EventsRequest, v1.Event]
+	hosts     *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	plan      *connect.Client[v1.PlanRequest, v1.Plan]
+	explain   *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
+	ask       *connect.Client[v1.AskRequest, v1.AskResponse]
+	carryOut  *connect.Client[v1.CarryOutRequest, v1.CarryOutResponse]
+	recommend *connect.Client[v1.RecommendRequest, v1.RecommendResponse]
 }
 
 // Version calls tandem.v1.SystemService.Version.
@@ -1553,6 +1564,11 @@ func (c *systemServiceClient) CarryOut(ctx context.Context, req *connect.Request
 	return c.carryOut.CallUnary(ctx, req)
 }
 
+// Recommend calls tandem.v1.SystemService.Recommend.
+func (c *systemServiceClient) Recommend(ctx context.Context, req *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error) {
+	return c.recommend.CallUnary(ctx, req)
+}
+
 // SystemServiceHandler is an implementation of the tandem.v1.SystemService service.
 type SystemServiceHandler interface {
 	Version(context.Context, *connect.Request[v1.VersionRequest]) (*connect.Response[v1.VersionResponse], error)
@@ -1568,6 +1584,8 @@ type SystemServiceHandler interface {
 	// CarryOut does what Ask answered; Aborted when the state has changed since that
 	// answer's revision.
 	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
+	// Recommend says what services should reserve, from what they were seen to use.
+	Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error)
 }
 
 // NewSystemServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1625,6 +1643,12 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(systemServiceMethods.ByName("CarryOut")),
 		connect.WithHandlerOptions(opts...),
 	)
+	systemServiceRecommendHandler := connect.NewUnaryHandler(
+		SystemServiceRecommendProcedure,
+		svc.Recommend,
+		connect.WithSchema(systemServiceMethods.ByName("Recommend")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tandem.v1.SystemService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SystemServiceVersionProcedure:
@@ -1643,6 +1667,8 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 			systemServiceAskHandler.ServeHTTP(w, r)
 		case SystemServiceCarryOutProcedure:
 			systemServiceCarryOutHandler.ServeHTTP(w, r)
+		case SystemServiceRecommendProcedure:
+			systemServiceRecommendHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1682,6 +1708,10 @@ func (UnimplementedSystemServiceHandler) Ask(context.Context, *connect.Request[v
 
 func (UnimplementedSystemServiceHandler) CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.CarryOut is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Recommend is not implemented"))
 }
 
 // StateServiceClient is a client for the tandem.v1.StateService service.

@@ -1,0 +1,83 @@
+package server
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+
+	v1 "tandem/api/tandem/v1"
+)
+
+func TestRecommendationsAreAppliedWhenAsked(t *testing.T) {
+	b := newBed(t, Options{})
+	b.apply(pool(2))
+	ask := func(r *v1.RecommendRequest) ([]*v1.Recommendation, error) {
+		res, err := b.system.Recommend(ctxOf(t), connect.NewRequest(r))
+		if err != nil {
+			return nil, err
+		}
+		return res.Msg.Recommendations, nil
+	}
+	l, err := ask(&v1.RecommendRequest{})
+	if err != nil || len(l) != 1 || l[0].Service != "web" || l[0].Enough || l[0].Reserved.CpuMilli != 1000 {
+		t.Fatal(l, err)
+	}
+	if _, err := ask(&v1.RecommendRequest{Project: "pool", Services: []string{"web"}, Apply: true}); !errdefs.IsFailedPrecondition(err) {
+		t.Error("applied without having seen anything:", err)
+	}
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Apply: true}); err != nil || l[0].Applied {
+		t.Error(l, err)
+	}
+	for _, x := range []struct {
+		r  *v1.RecommendRequest
+		is func(error) bool
+	}{
+		{&v1.RecommendRequest{Services: []string{"web"}}, errdefs.IsInvalidArgument}, {&v1.RecommendRequest{Apply: true}, errdefs.IsInvalidArgument},
+		{&v1.RecommendRequest{Project: "pool", Services: []string{"nobody"}}, errdefs.IsNotFound}, {&v1.RecommendRequest{Project: "nobody"}, errdefs.IsNotFound},
+		{&v1.RecommendRequest{Project: "../x"}, errdefs.IsInvalidArgument},
+	} {
+		if _, err := ask(x.r); !x.is(err) {
+			t.Errorf("%v: %v", x.r, err)
+		}
+	}
+	svc, err := b.projects.ListServices(ctxOf(t), connect.NewRequest(&v1.ListServicesRequest{Project: "pool"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What an earlier server has seen.
+	b.stop()
+	h := `{"project":"pool","service":"web","samples":5000,"begin":"2026-01-01T00:00:00Z","last":"2026-01-03T00:00:00Z",` +
+		`"cpu":{"first":1,"ref":"2026-01-01T00:00:00Z","weights":{"100":90,"110":10}},"memory":{"first":1048576,"ref":"2026-01-01T00:00:00Z","weights":{"90":100}},"peaks":[{"day":20455,"bytes":104857600}]}`
+	file := fmt.Sprintf(`{"format":1,"services":{%q:%s}}`, svc.Msg.Services[0].Meta.Id, h)
+	if err := os.WriteFile(filepath.Join(b.state, "usage.json"), []byte(file), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.until("the history is read", func() bool {
+		l, err = ask(&v1.RecommendRequest{Project: "pool"})
+		return err == nil && l[0].Enough
+	})
+	if r := l[0]; r.Recommended.CpuMilli != 250 || r.Recommended.MemoryBytes != 115<<20 || r.Applied || !strings.Contains(r.Text, "5000 samples over 48h0m0s") {
+		t.Fatal(r)
+	}
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Services: []string{"web"}, Apply: true}); err != nil || !l[0].Applied {
+		t.Fatal(l, err)
+	}
+	b.until("the containers reserve that", func() bool {
+		n := 0
+		for _, c := range b.list(false) {
+			if c.Spec.Resources.CpuMilliReservation == 250 && c.Spec.Resources.MemoryBytesReservation == 115<<20 && c.Status.State == v1.ContainerState_CONTAINER_STATE_RUNNING {
+				n++
+			}
+		}
+		return n == 2
+	})
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Apply: true}); err != nil || l[0].Applied {
+		t.Error("applied twice:", l, err)
+	}
+}
