@@ -167,6 +167,9 @@ func (q *question) assume(format string, args ...any) {
 
 // hosts finds the ids of hosts named by id or name.
 func (q *question) hosts(words []string) ([]string, error) {
+	if len(words) > maxAddedHosts {
+		return nil, fmt.Errorf("%d hosts named, at most %d: %w", len(words), maxAddedHosts, errdefs.ErrInvalidArgument)
+	}
 	var ids []string
 	for _, w := range words {
 		if w == "" {
