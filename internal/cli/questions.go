@@ -81,7 +81,8 @@ func (a *app) rebalance() *cobra.Command {
 		Short: "What moves would mend broken rules and spread replicas",
 		Long: `Asks the planner for the moves that make things better without emptying hosts:
 rules that what runs breaks are mended, replicas spread over hosts. The plan says
-what moves where, why, and what it costs. Without --plan it is carried out.`,
+what moves where, why, and what it costs. Without --plan the server carries it out,
+or refuses it and says which step it can't do.`,
 		Example: `  tandem rebalance --plan --moves 5 --bytes 8g`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -103,8 +104,8 @@ func (a *app) consolidate() *cobra.Command {
 		Use:   "consolidate",
 		Short: "What moves would let fewer hosts do",
 		Long: `Asks the planner how to need fewer hosts: those with the fewest containers are
-emptied, all or nothing, into machines that there are. Without --plan it is carried
-out.`,
+emptied, all or nothing, into machines that there are. Without --plan the server
+carries it out, or refuses it and says which step it can't do.`,
 		Example: `  tandem consolidate --plan --hosts 1 --power-off`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
