@@ -82,7 +82,7 @@ func lines(p *v1.Plan) string {
 // pool is a project of one stateless service.
 func pool(n int32) *v1.ApplyProjectRequest {
 	return &v1.ApplyProjectRequest{Project: "pool", Wait: true, Services: []*v1.ServiceSpec{{Name: "web", Replicas: n,
-		Template: &v1.ContainerSpec{Image: "httpd", Resources: &v1.Resources{CpuMilliReservation: 1000, MemoryBytesReservation: 1 << 30}}}}}
+		Template: &v1.ContainerSpec{Image: "httpd", Restart: &v1.RestartPolicy{Name: "unless-stopped"}, Resources: &v1.Resources{CpuMilliReservation: 1000, MemoryBytesReservation: 1 << 30}}}}}
 }
 
 var (
@@ -130,9 +130,9 @@ func TestRebalanceIsPlannedAndRefusedWhenStale(t *testing.T) {
 	// A container that dies and comes back changes nothing that the plan relies on.
 	id := b.list(false)[0].Meta.Id
 	b.host.Exit("pool-web-1", 1)
-	b.until("the container is seen to have ended", func() bool {
+	b.until("the container is seen to have started again", func() bool {
 		for _, c := range b.list(true) {
-			if c.Meta.Name == "pool-web-1" && c.Status.State == v1.ContainerState_CONTAINER_STATE_EXITED {
+			if c.Meta.Name == "pool-web-1" && c.Status.RestartCount == 1 {
 				return true
 			}
 		}
