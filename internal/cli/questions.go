@@ -82,7 +82,7 @@ func (a *app) rebalance() *cobra.Command {
 		Long: `Asks the planner for the moves that make things better without emptying hosts:
 rules that what runs breaks are mended, replicas spread over hosts. The plan says
 what moves where, why, and what it costs. Without --plan the server carries it out,
-or refuses it and says which step it can't do.`,
+two moves at a time, or refuses it and says which step it can't do.`,
 		Example: `  tandem rebalance --plan --moves 5 --bytes 8g`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

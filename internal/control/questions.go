@@ -106,21 +106,34 @@ func (c *Controller) CarryOut(ctx context.Context, revision uint64, plan *planne
 	return c.carryOut(ctx, plan)
 }
 
-// carryOut is where the controllers take over a plan that somebody asked for. The
-// plan is of the present state, and planMu is held. It does all of it or nothing, and
-// refuses what has a step that the controllers can't do: see carries.
-func (c *Controller) carryOut(_ context.Context, plan *planner.Plan) error {
-	for _, a := range plan.Actions {
-		if !carries(a.Kind) {
-			return fmt.Errorf("the plan has a step of kind %q, which the controllers can't carry out on request yet: --plan shows the steps: %w", a.Kind, errdefs.ErrNotImplemented)
-		}
+// carryOut writes down a plan that somebody asked for: all of it or nothing. The plan
+// is of the present state, and planMu is held. Moves go on by themselves then, two at a
+// time; a machine that they empty is stopped by trim, and so a Stop needs nothing here.
+func (c *Controller) carryOut(ctx context.Context, plan *planner.Plan) error {
+	snap := c.store.Snapshot()
+	if snap.Unreadable(store.Containers, store.Machines, store.Hosts, store.Services) {
+		return fmt.Errorf("a record of the state can't be read, and nothing is moved until it is: see `tandem state ls`: %w", errdefs.ErrUnavailable)
 	}
-	return nil // nothing to do
+	claimed := c.claims(snap)
+	w := newPlacement(c, snap, claimed)
+	w.by = "asked"
+	for _, a := range plan.Actions {
+		switch a.Kind {
+		case planner.Stop:
+			continue
+		case planner.Move:
+			if err := claimed.blocks(w.containers[a.Container]); err != nil {
+				return err
+			}
+		}
+		w.action(a)
+	}
+	err := w.commit(ctx)
+	if errdefs.IsConflict(err) {
+		return fmt.Errorf("the plan is stale: something changed while it was written down; ask again: %w", errdefs.ErrAborted)
+	}
+	return err
 }
-
-// carries says which kinds of steps carryOut does: none, until containers can be moved
-// from machine to machine.
-func carries(planner.Kind) bool { return false }
 
 // PlanHost is a host as the planner sees it.
 func PlanHost(h *v1.Host) planner.Host { return planHost(h) }
