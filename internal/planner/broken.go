@@ -92,6 +92,15 @@ func (s *State) healAll(undo *journal) {
 	}
 }
 
+// yield follows what has come to h as a fact: who stands by there finds other hosts, or
+// is exposed, as far as there is no room left for it.
+func (s *State) yield(h *host) {
+	if h.reserve.fits(h.free()) || s.makeRoom(h, Size{}, &journal{}) || s.shed(h, Size{}, nil) {
+		return
+	}
+	s.dismiss(h, nil)
+}
+
 // maxMended bounds what one event mends.
 const maxMended = 8
 

@@ -244,6 +244,7 @@ func (s *State) SetMachine(m Machine) error {
 	old := s.machines[m.ID]
 	if old == nil {
 		s.addMachine(&machine{Machine: m})
+		s.yield(h)
 		return nil
 	}
 	if old.Host == m.Host && old.Isolation == m.Isolation && old.Project == m.Project {
@@ -343,6 +344,7 @@ func (s *State) SetContainer(c Container) error {
 	s.pool(c.Pool) // there from now on, with those above it
 	if h != nil {
 		s.place(n, h, m)
+		s.yield(h)
 		for slot, g := range stood { // as before, where that still holds
 			if slot < s.policy.HostLosses && g != nil && s.covered(n) && s.canStand(n, g) {
 				s.stand(n, slot, g)
