@@ -91,6 +91,7 @@ func containerName(spec *v1.HostSpec, id string) string {
 // TestKilledAtEachStep kills the server after each transaction of a fold in turn, and
 // after every second one, third one and so on, until folds need no transaction more.
 func TestKilledAtEachStep(t *testing.T) {
+	t.Parallel()
 	for _, each := range []bool{false, true} {
 		for n := 1; ; n++ {
 			x := folding(t)

@@ -82,10 +82,17 @@ func ask(h *host.Host, url, want string) *client {
 }
 
 // TestFold: two half-empty machines become one while a client asks all along, and the
-// host gets back what the other one had.
+// host gets back what the other one had; once more with a server that is killed as soon
+// as the move has begun.
 func TestFold(t *testing.T) {
+	t.Run("undisturbed", func(t *testing.T) { fold(t, false) })
+	t.Run("the server is killed", func(t *testing.T) { fold(t, true) })
+}
+
+func fold(t *testing.T, kill bool) {
 	h := host.New(t)
-	h.Launch("--fold-delay", "5s", "--idle-stop", "3s")
+	flags := []string{"--fold-delay", "5s", "--idle-stop", "3s"}
+	h.Launch(flags...)
 	h.Images()
 	h.ImportTree("busybox:latest", func(root string) {
 		host.BusyboxTree(t, root)
@@ -111,6 +118,19 @@ func TestFold(t *testing.T) {
 
 	c := ask(h, url, "here\n")
 	h.Tandem("up", "-f", h.Compose("twins", strings.Replace(twins, "x-tandem: {spread: machine}", "", 1)))
+	if kill {
+		h.Eventually(2*time.Minute, "a container moves", func() error {
+			all, err := h.Containers()
+			for name := range all {
+				if strings.HasSuffix(name, ".next") {
+					return nil
+				}
+			}
+			return fmt.Errorf("there are %v, %v", all, err)
+		})
+		h.Kill9()
+		h.Launch(flags...)
+	}
 	h.Eventually(5*time.Minute, "one machine", func() error {
 		if now := vms(t, h); len(now) != 1 {
 			return fmt.Errorf("%d machines", len(now))
