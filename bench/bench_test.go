@@ -68,7 +68,10 @@ func times(n int, f func(i int)) time.Duration {
 func ms(d time.Duration) string { return d.Round(time.Millisecond).String() }
 
 type machine struct {
-	Meta   struct{ ID, Name string }
+	Meta struct{ ID, Name string }
+	Size struct {
+		MemoryBytes string `json:"memory_bytes"`
+	}
 	Status struct {
 		State         string
 		StartMethod   string `json:"start_method"`

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"fmt"
+	"strconv"
 	"testing"
 	"time"
 )
@@ -35,13 +36,28 @@ func BenchmarkOneMore(b *testing.B) {
 		h.Tandem(append(append([]string{"run", "-d", "--name", name, "--stop-timeout", "1"}, args...), "busybox", "sleep", "100000")...)
 		return time.Since(start)
 	}
+	size := func() (n int64) { // of the machine that is shared
+		id := h.Container("keep").Assignment.MachineID
+		for _, m := range machines(b, h) {
+			if m.Meta.ID == id {
+				n, _ = strconv.ParseInt(m.Size.MemoryBytes, 10, 64)
+			}
+		}
+		return n
+	}
 	run("keep")
 	var grown, slot, booted []time.Duration
 	for i := range 7 {
 		name := fmt.Sprint("more-", i)
+		before := size()
 		grown = append(grown, run(name, "-m", "192m"))
+		larger := size()
 		h.Tandem("rm", "-f", name)
 		slot = append(slot, run(name, "-m", "192m"))
+		// What the guest itself needs is measured meanwhile, and may add a little.
+		if now := size(); larger-before < 100<<20 || now-larger > 50<<20 {
+			b.Fatalf("the machine was to grow and then to stay: it had %d, %d and %d bytes", before, larger, now)
+		}
 		own := fmt.Sprint("own-", i)
 		booted = append(booted, run(own, "--isolation", "own"))
 		h.Tandem("rm", "-f", own)
