@@ -20,6 +20,7 @@ services:
     command: ["sh", "-c", "while :; do :; done"]
     init: true
     stop_grace_period: 1s
+    restart: unless-stopped
     deploy: {resources: {reservations: {cpus: "0.1", memory: 16m}, limits: {cpus: "0.3"}}}
     x-tandem: {scale: {min: 1, max: 2, cpu: 50%, pressure: 90}}
 `
@@ -58,8 +59,8 @@ func TestQuestionsAndScaling(t *testing.T) {
 	stale := lose.Plan.Revision
 	write(t, file, strings.Replace(busy, "16m", "17m", 1))
 	h.Tandem("-f", file, "up")
-	if out, err := h.Try("-f", file, "up", "--revision", stale); err == nil || !strings.Contains(out, "the state has changed since revision "+stale+"; ask again") {
-		t.Error("a stale plan was applied:", out)
+	if out, err := h.Try("-f", file, "up", "--revision", stale); err == nil || !strings.Contains(fmt.Sprint(out, err), "the state has changed since revision "+stale+"; ask again") {
+		t.Error("a stale plan was applied:", out, err)
 	}
 
 	h.Eventually(5*time.Minute, "the busy service scales", func() error {
