@@ -150,6 +150,15 @@ func (d *decision) again1(m *machine) {
 	if !ok {
 		return
 	}
+	if m.fresh && !m.host.Capabilities.Grow { // it has started by then, and stays as it is
+		set := func(v bool) {
+			d.s.unindexMachine(m)
+			m.fresh = v
+			d.s.indexMachine(m)
+		}
+		set(false)
+		d.undo.note(func() { set(false) }, func() { set(true) })
+	}
 	from, had := d.from[m]
 	delete(d.at, m)
 	if d.from == nil {
