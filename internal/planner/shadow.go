@@ -108,6 +108,20 @@ func (s *State) residentRule(c *container, h *host) miss {
 			return miss{rule: RuleFailover, detail: "is where " + r.Service + " would start after a loss, which must not be beside it"}
 		}
 	}
+	if c.Service == "" {
+		return miss{}
+	}
+	for _, o := range h.all.anti { // who lives there must bear it and its like that would come
+		for _, r := range o.Anti {
+			if r.Layer != "host" || r.Service != c.Service || o.Project != c.Project || o == c {
+				continue
+			}
+			k := c.service()
+			if besides(o, &h.all, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}})+1 > r.Max {
+				return miss{rule: RuleFailover, detail: "is where more of " + c.Service + " would start after a loss than " + o.ID + " allows beside it"}
+			}
+		}
+	}
 	return miss{}
 }
 
