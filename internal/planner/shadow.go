@@ -30,11 +30,23 @@ func (s *State) shadowsOf(k serviceKey, g *host, c *container) int {
 	return n
 }
 
+// reach is whom on g a rule of o about c, or about all if c is nil, may meet: a rule
+// about machines speaks of the host's own kernel where both run on metal.
+func (r AntiRule) reach(o, c *container, g *host) *box {
+	switch {
+	case r.Layer == "host":
+		return &g.all
+	case r.Layer == "machine" && o.Isolation == Metal && (c == nil || c.Isolation == Metal):
+		return &g.metal
+	}
+	return nil
+}
+
 // shadowRules checks c, which is on a host, as a shadow on g against those there.
 func (s *State) shadowRules(c *container, g *host) bool {
 	for _, r := range c.Anti {
 		k := serviceKey{c.Project, r.Service}
-		if r.Layer == "host" && g.all.count(k)+s.shadowsOf(k, g, c) > r.Max {
+		if b := r.reach(c, nil, g); b != nil && b.count(k)+s.shadowsOf(k, g, c) > r.Max {
 			return false
 		}
 	}
@@ -46,8 +58,8 @@ func (s *State) shadowRules(c *container, g *host) bool {
 	// Those who live there must bear it with all other shadows.
 	for _, o := range g.all.anti {
 		for _, r := range o.Anti {
-			if r.Layer == "host" && r.Service == c.Service && o.Project == c.Project &&
-				besides(o, &g.all, c.service())+s.shadowsOf(c.service(), g, c)+1 > r.Max {
+			if b := r.reach(o, c, g); b != nil && r.Service == c.Service && o.Project == c.Project &&
+				besides(o, b, c.service())+s.shadowsOf(c.service(), g, c)+1 > r.Max {
 				return false
 			}
 		}
@@ -58,11 +70,12 @@ func (s *State) shadowRules(c *container, g *host) bool {
 // friends says whether c, as a shadow or for real, may be on g beside shadow o.
 func (s *State) friends(c, o *container, g *host) bool {
 	for _, r := range o.Anti {
-		if r.Layer != "host" || r.Service != c.Service || o.Project != c.Project {
+		b := r.reach(o, c, g)
+		if b == nil || r.Service != c.Service || o.Project != c.Project {
 			continue
 		}
 		k := c.service()
-		if g.all.count(k)+s.shadowsOf(k, g, o)+1 > r.Max {
+		if b.count(k)+s.shadowsOf(k, g, o)+1 > r.Max {
 			return false
 		}
 	}
@@ -101,10 +114,11 @@ func (s *State) residentRule(c *container, h *host) miss {
 	}
 	for _, r := range c.Anti {
 		k := serviceKey{c.Project, r.Service}
-		if r.Layer != "host" || k.service == "" || len(s.services[k]) == 0 {
+		b := r.reach(c, nil, h)
+		if b == nil || k.service == "" || len(s.services[k]) == 0 {
 			continue
 		}
-		if besides(c, &h.all, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}}) > r.Max {
+		if b.count(k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}}) > r.Max {
 			return miss{rule: RuleFailover, detail: "is where " + r.Service + " would start after a loss, which must not be beside it"}
 		}
 	}
@@ -113,11 +127,12 @@ func (s *State) residentRule(c *container, h *host) miss {
 	}
 	for _, o := range h.all.anti { // who lives there must bear it and its like that would come
 		for _, r := range o.Anti {
-			if r.Layer != "host" || r.Service != c.Service || o.Project != c.Project || o == c {
+			b := r.reach(o, c, h)
+			if b == nil || r.Service != c.Service || o.Project != c.Project || o == c {
 				continue
 			}
 			k := c.service()
-			if besides(o, &h.all, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}})+1 > r.Max {
+			if besides(o, b, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}})+1 > r.Max {
 				return miss{rule: RuleFailover, detail: "is where more of " + c.Service + " would start after a loss than " + o.ID + " allows beside it"}
 			}
 		}
