@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"reflect"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -113,6 +114,9 @@ func (c *Controller) carryOut(ctx context.Context, plan *planner.Plan) error {
 	snap := c.store.Snapshot()
 	if snap.Unreadable(store.Containers, store.Machines, store.Hosts, store.Services) {
 		return fmt.Errorf("a record of the state can't be read, and nothing is moved until it is: see `tandem state ls`: %w", errdefs.ErrUnavailable)
+	}
+	if slices.ContainsFunc(snap.Containers, func(x *v1.Container) bool { return x.Replaces != "" || x.ReplacedBy != "" }) {
+		return fmt.Errorf("containers are being moved: ask again when that is done: %w", errdefs.ErrAborted)
 	}
 	claimed := c.claims(snap)
 	w := newPlacement(c, snap, claimed)

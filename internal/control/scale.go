@@ -70,7 +70,7 @@ func (c *Controller) scaleServices(ctx context.Context) (time.Duration, error) {
 	for _, s := range list {
 		of[svcKey{s.Meta.Project, s.Meta.Name}] = nil
 	}
-	for _, x := range snap.Containers {
+	for _, x := range active(snap.Containers) { // of two that move, one counts
 		key := svcKey{x.Meta.Project, x.Service}
 		if _, ok := of[key]; ok && !x.OneOff && !x.Meta.Deleting {
 			of[key] = append(of[key], x)

@@ -15,7 +15,6 @@ const gib = 1 << 30
 // of who it is about.
 type script struct {
 	answers map[string]func(w *World, e Event)
-	things  map[string]*Machine
 }
 
 func (*script) Name() string { return "script" }

@@ -45,7 +45,6 @@ type node struct {
 	pos      int
 	whole    Size // allocatable
 	idle     Time // unneeded since; -1: needed
-	gone     bool
 	taken    Size // by the attempt to empty another node
 	promised Size // to pods that wait for it to be ready
 }

@@ -76,9 +76,7 @@ func TestAccountingSurvivesFailures(t *testing.T) {
 		t.Run(m.name, func(t *testing.T) {
 			rapid.Check(t, func(t *rapid.T) {
 				tr := &Trace{Name: "drawn", Requests: []Request{request("first", 0, -1, 1000, 1)}}
-				for _, q := range anyTrace(t).Requests {
-					tr.Requests = append(tr.Requests, q)
-				}
+				tr.Requests = append(tr.Requests, anyTrace(t).Requests...)
 				tr.Until = max(tr.End(), 1000)
 				o := smallHosts()
 				o.Policy, o.Baselines, o.Isolation = m.name, []string{}, rapid.SampledFrom([]string{IsolationProject, IsolationShared}).Draw(t, "isolation")
