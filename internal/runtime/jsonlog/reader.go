@@ -105,10 +105,12 @@ func Read(ctx context.Context, path string, o Options, fn func(Entry) error) err
 	return follow(ctx, path, rd, watch, &o, emit)
 }
 
-// openAll opens what exists, oldest first, and retries when a rotation came between.
+// openAll opens what exists, oldest first, and retries when a rotation came between:
+// a file that was on its way from one name to the next would be missing.
 func openAll(path string) ([]*os.File, error) {
 	for try := 0; ; try++ {
 		var files []*os.File
+		var at [maxFilesLimit + 1]*os.File // by the number in the name
 		for i := maxFilesLimit; i >= 0; i-- {
 			f, err := os.Open(fileName(path, i))
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -116,25 +118,34 @@ func openAll(path string) ([]*os.File, error) {
 				return nil, fmt.Errorf("container log: %w", err)
 			}
 			if err == nil {
-				files = append(files, f)
+				files, at[i] = append(files, f), f
 			}
 		}
-		if len(files) == 0 || try > 10 || distinct(files, path) {
+		if len(files) == 0 || try > 100 || unmoved(path, at[:]) {
 			return files, nil
 		}
 		closeAll(files)
+		time.Sleep(time.Duration(min(try, 10)) * time.Millisecond)
 	}
 }
 
-func distinct(files []*os.File, path string) bool {
-	for i := 1; i < len(files); i++ {
-		a, err1 := files[i-1].Stat()
-		b, err2 := files[i].Stat()
-		if err1 != nil || err2 != nil || os.SameFile(a, b) {
+// unmoved is true if every name still names what was opened by it, or nothing: no
+// name gets a file back that it had before, so all of them were right at one moment.
+func unmoved(path string, at []*os.File) bool {
+	for i, f := range at {
+		now, err := os.Stat(fileName(path, i))
+		if f == nil {
+			if !errors.Is(err, fs.ErrNotExist) {
+				return false
+			}
+			continue
+		}
+		was, werr := f.Stat()
+		if err != nil || werr != nil || !os.SameFile(now, was) {
 			return false
 		}
 	}
-	return same(files[len(files)-1], path)
+	return at[0] != nil // while there is none, the writer is between two
 }
 
 // same is true if path still names f's file.
