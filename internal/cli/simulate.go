@@ -65,7 +65,7 @@ Policies: ` + policyList(),
 	fs.StringVar(&f.migrate, "migrate-rate", "1g", "memory that a live migration copies in a second")
 	fs.DurationVar(&f.o.Warmup, "warmup", 0, "exclude the first so much from all figures")
 	fs.DurationVar(&f.until, "until", 0, "end there (default: the trace's last event, or its end of observation)")
-	fs.DurationVar(&f.o.HAEvery, "ha-every", time.Minute, "look so often whether the loss of any one host could be survived; -1s: at every instant")
+	fs.DurationVar(&f.o.HAEvery, "ha-every", 0, "look only so often whether the loss of any one host could be survived (default: every instant)")
 	fs.StringArrayVar(&f.fail, "fail", nil, "let a host fail: HOST@TIME, such as h-0003@90m; may be given several times")
 	fs.StringVar(&f.o.Policy, "policy", "", "main policy (default tandem)")
 	fs.StringSliceVar(&f.baselines, "baselines", []string{"all"}, "policies to compare with: all, none, or names")

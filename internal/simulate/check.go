@@ -207,6 +207,7 @@ func (k *checker) finish(l *Line) error {
 	}
 	bound := lowerBound(&k.trace, k.pools, k.overhead, k.warmup, k.end)
 	r.LowerBound = tidy(bound.hours())
+	r.LowerBoundMachines = tidy(lowerBoundMachines(&k.trace, k.pools, k.overhead, k.run.Isolation, k.warmup, k.end).hours())
 	if bound > 0 {
 		r.HostHoursRatio = tidy(s.hostMS / float64(bound))
 	}

@@ -130,6 +130,7 @@ func (k *checker) enter(c *Container, l *Line) error {
 	}
 	c.Machine, c.pos, c.queued = m, len(m.Containers), true
 	m.Containers = append(m.Containers, c)
+	m.Host.entered++
 	m.Used = m.Used.add(c.Need)
 	if !m.Used.fits(m.Size) {
 		return fmt.Errorf("%s is overfull: %s of %s", m.ID, m.Used, m.Size)
@@ -313,6 +314,7 @@ func (k *checker) machineLine(l *Line) error {
 		m.Host, m.target = h, nil
 		h.arriving--
 		h.Machines = append(h.Machines, m)
+		h.entered++
 	}
 	return nil
 }

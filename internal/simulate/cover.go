@@ -13,8 +13,13 @@ import (
 // function of the state alone, so that a stranger gets the same.
 //
 // The search is first and best fit decreasing, so a "no" may be wrong and a "yes" never is.
+//
+// It can be asked at every instant, because what was found for a host is kept as
+// its proof, and is read again instead of searched for again as long as it holds:
+// see proof.
 type cover struct {
 	resizable bool
+	making    proof // what the search under way has found so far
 
 	hosts  fit
 	hostAt []*Host
@@ -22,16 +27,23 @@ type cover struct {
 	order  []*Container
 	opened []opened
 	tight  bool // best fit instead of first fit
-	undo   []func()
-	last   string // host that failed the last look: asked first
+	undo   []undone
+	last   *Host // host that failed the last look: asked first
+}
+
+// undone is a size before it was changed.
+type undone struct {
+	f   *fit
+	i   int
+	was Size
 }
 
 // slots are the running machines of a group.
 type slots struct {
 	fit fit
 	at  []*Machine // in the order of booting
-	// home says on which hosts they are.
-	home map[int]bool
+	// home has one of them for each host that has some.
+	home map[int]*Machine
 }
 
 // opened is a machine that the attempt has booted.
@@ -43,19 +55,32 @@ type opened struct {
 // survives looks at the loss of each host.
 func (k *cover) survives(hosts []*Host, overhead Size) bool {
 	k.prepare(hosts)
-	if len(k.last) > 0 {
-		for _, h := range hosts {
-			if h.ID == k.last && !k.without(h, overhead) {
-				return false
-			}
-		}
+	if h := k.last; h != nil && h.pos < len(hosts) && hosts[h.pos] == h && !k.proven(h, overhead) {
+		return false
 	}
 	for _, h := range hosts {
-		if !k.without(h, overhead) {
-			k.last = h.ID
+		if !k.proven(h, overhead) {
+			k.last = h
 			return false
 		}
 	}
+	k.last = nil
+	return true
+}
+
+// proven says whether what is on h fits elsewhere: by the proof that h has, or by
+// a new one.
+func (k *cover) proven(h *Host, overhead Size) bool {
+	if h.proof.holds(h) {
+		return true
+	}
+	k.making.clear(h)
+	if !k.without(h, overhead) {
+		k.rollback()
+		return false
+	}
+	k.rollback()
+	h.proof, k.making = k.making, h.proof
 	return true
 }
 
@@ -89,12 +114,12 @@ func (k *cover) prepareGroups() {
 			}
 			g := k.groups[m.Project]
 			if g == nil {
-				g = &slots{home: map[int]bool{}}
+				g = &slots{home: map[int]*Machine{}}
 				k.groups[m.Project] = g
 			}
 			if m.Up && m.target == nil {
 				g.at = append(g.at, m)
-				g.home[h.pos] = true
+				g.home[h.pos] = m
 			}
 		}
 	}
@@ -102,22 +127,21 @@ func (k *cover) prepareGroups() {
 		slices.SortFunc(g.at, func(a, b *Machine) int { return cmp.Compare(a.seq, b.seq) })
 		g.fit.reset(len(g.at))
 		for i, m := range g.at {
-			free := m.Free()
-			g.fit.init(i, Size{min(free.CPU, m.Live.CPU-m.Used.CPU), min(free.Memory, m.Live.Memory-m.Used.Memory)})
+			g.fit.init(i, m.slot())
 		}
 		g.fit.build()
 	}
 }
 
-// without says whether what is on h fits elsewhere.
+// without looks for room for what is on h elsewhere.
 func (k *cover) without(h *Host, overhead Size) bool {
 	if !slices.ContainsFunc(h.Machines, func(m *Machine) bool { return len(m.Containers) > 0 }) {
 		return true
 	}
 	self := h.pos
 	k.set(&k.hosts, self, Size{-1, -1})
-	defer k.rollback()
-	if k.hosts.first(h.Used) >= 0 {
+	if i := k.roomiest(h.Used); i >= 0 {
+		k.making.on(k.hostAt[i], h.Used)
 		return true // all its machines as they are, on one other host
 	}
 	if k.machines(h) {
@@ -129,12 +153,28 @@ func (k *cover) without(h *Host, overhead Size) bool {
 	return k.containers(h, overhead)
 }
 
+// roomiest is the host with the most left among those with room for s, or -1: what
+// is proven by it stays proven for long.
+func (k *cover) roomiest(s Size) int {
+	best := k.hosts.first(s)
+	if best < 0 {
+		return -1
+	}
+	for i := best + 1; i < k.hosts.n; i++ {
+		if free := k.hosts.at(i); s.fits(free) && leftover(free, k.hostAt[i].Size) > leftover(k.hosts.at(best), k.hostAt[best].Size) {
+			best = i
+		}
+	}
+	return best
+}
+
 // machines tries to start h's machines again as they are.
 func (k *cover) machines(h *Host) bool {
 	list := slices.Clone(h.Machines)
 	slices.SortFunc(list, func(a, b *Machine) int {
 		return cmp.Or(cmp.Compare(b.Size.share(h.Size), a.Size.share(h.Size)), cmp.Compare(a.ID, b.ID))
 	})
+	k.making.reset()
 	for _, m := range list {
 		if len(m.Containers) == 0 {
 			continue
@@ -144,6 +184,7 @@ func (k *cover) machines(h *Host) bool {
 			return false
 		}
 		k.take(&k.hosts, i, m.Size)
+		k.making.on(k.hostAt[i], m.Size)
 	}
 	return true
 }
@@ -173,6 +214,7 @@ func (k *cover) containers(h *Host, overhead Size) bool {
 		})
 		for _, k.tight = range []bool{false, true} {
 			k.opened = k.opened[:0]
+			k.making.reset()
 			if !slices.ContainsFunc(k.order, func(c *Container) bool { return !k.place(c, overhead) }) {
 				return true
 			}
@@ -192,19 +234,22 @@ func (k *cover) place(c *Container, overhead Size) bool {
 		if g != nil {
 			if i := g.fit.first(c.Need); i >= 0 {
 				k.take(&g.fit, i, c.Need)
+				k.making.in(g.at[i], c.Need)
 				return true
 			}
 		}
 		for _, o := range k.opened {
 			if o.group == group && c.Need.fits(k.hosts.at(o.host)) {
 				k.take(&k.hosts, o.host, c.Need)
+				k.making.on(k.hostAt[o.host], c.Need)
 				return true
 			}
 		}
 	}
 	if k.resizable && !own && g != nil {
-		if i := k.host(c.Need); i >= 0 && g.home[i] {
+		if i := k.host(c.Need); i >= 0 && g.home[i] != nil {
 			k.take(&k.hosts, i, c.Need)
+			k.making.by(g.home[i], c.Need)
 			return true
 		}
 	}
@@ -213,6 +258,7 @@ func (k *cover) place(c *Container, overhead Size) bool {
 		return !own && k.resizable && g != nil && k.grow(c, g)
 	}
 	k.take(&k.hosts, i, c.Need.add(overhead))
+	k.making.on(k.hostAt[i], c.Need.add(overhead))
 	if !own {
 		k.opened = append(k.opened, opened{group, i})
 	}
@@ -238,6 +284,7 @@ func (k *cover) grow(c *Container, g *slots) bool {
 	for _, m := range g.at {
 		if c.Need.fits(k.hosts.at(m.Host.pos)) {
 			k.take(&k.hosts, m.Host.pos, c.Need)
+			k.making.by(m, c.Need)
 			return true
 		}
 	}
@@ -247,75 +294,16 @@ func (k *cover) grow(c *Container, g *slots) bool {
 func (k *cover) take(f *fit, i int, s Size) { k.set(f, i, f.at(i).sub(s)) }
 
 func (k *cover) set(f *fit, i int, s Size) {
-	was := f.at(i)
+	k.undo = append(k.undo, undone{f, i, f.at(i)})
 	f.set(i, s)
-	k.undo = append(k.undo, func() { f.set(i, was) })
 }
 
 func (k *cover) rollback() { k.rollbackTo(0) }
 
 func (k *cover) rollbackTo(n int) {
 	for i := len(k.undo) - 1; i >= n; i-- {
-		k.undo[i]()
+		u := k.undo[i]
+		u.f.set(u.i, u.was)
 	}
 	k.undo = k.undo[:n]
-}
-
-// fit finds the first of a row of sizes with room for another: a tree of maxima.
-type fit struct {
-	n, base int
-	tree    []Size
-}
-
-func (f *fit) reset(n int) {
-	f.n, f.base = n, 1
-	for f.base < n {
-		f.base *= 2
-	}
-	if cap(f.tree) < 2*f.base {
-		f.tree = make([]Size, 2*f.base)
-	}
-	f.tree = f.tree[:2*f.base]
-	for i := range f.tree {
-		f.tree[i] = Size{-1, -1}
-	}
-}
-
-func (f *fit) init(i int, s Size) { f.tree[f.base+i] = s }
-
-func (f *fit) build() {
-	for i := f.base - 1; i > 0; i-- {
-		f.tree[i] = f.tree[2*i].max(f.tree[2*i+1])
-	}
-}
-
-func (f *fit) at(i int) Size { return f.tree[f.base+i] }
-
-func (f *fit) set(i int, s Size) {
-	i += f.base
-	f.tree[i] = s
-	for i /= 2; i > 0; i /= 2 {
-		f.tree[i] = f.tree[2*i].max(f.tree[2*i+1])
-	}
-}
-
-// first is the lowest index with room for s, or -1.
-func (f *fit) first(s Size) int {
-	if f.n == 0 {
-		return -1
-	}
-	return f.find(1, s)
-}
-
-func (f *fit) find(i int, s Size) int {
-	if !s.fits(f.tree[i]) {
-		return -1
-	}
-	if i >= f.base {
-		return i - f.base
-	}
-	if j := f.find(2*i, s); j >= 0 {
-		return j
-	}
-	return f.find(2*i+1, s)
 }

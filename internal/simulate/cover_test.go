@@ -149,7 +149,7 @@ func exhaustive(list []*Host, lost *Host, over Size) bool {
 		}
 		c := todo[i]
 		for h := range list {
-			slack, has := places[h].slack[c.Project]
+			slack, has := places[h].slack[c.Machine.Project]
 			wasFree := free[h]
 			if free[h].CPU < 0 {
 				continue
@@ -162,15 +162,15 @@ func exhaustive(list []*Host, lost *Host, over Size) bool {
 			used := Size{min(slack.CPU, need.CPU), min(slack.Memory, need.Memory)}
 			if rest := need.sub(used); rest.fits(free[h]) {
 				free[h] = free[h].sub(rest)
-				places[h].slack[c.Project] = slack.sub(used)
+				places[h].slack[c.Machine.Project] = slack.sub(used)
 				if try(i + 1) {
 					return true
 				}
 				free[h] = wasFree
 				if has {
-					places[h].slack[c.Project] = slack
+					places[h].slack[c.Machine.Project] = slack
 				} else {
-					delete(places[h].slack, c.Project)
+					delete(places[h].slack, c.Machine.Project)
 				}
 			}
 		}

@@ -93,8 +93,8 @@ func TestVMPerContainerByHand(t *testing.T) {
 		t.Errorf("got %+v\n%s", r, out)
 	}
 	// Covered from 3660 s, when there is one VM on each of two hosts, to 4260 s,
-	// when there is one host again: 10 of 80 looks.
-	near(t, "covered share", r.HACoveredShare, 10/80.0)
+	// when there is one host again: 600 of 4800 s.
+	near(t, "covered share", r.HACoveredShare, 600/4800.0)
 }
 
 func TestGrowthMovesMigrationAndFailureByHand(t *testing.T) {

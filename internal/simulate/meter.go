@@ -28,7 +28,8 @@ type meter struct {
 	took      time.Duration
 	durations []time.Duration
 
-	bound Time // lower bound of hostTime
+	bound         Time // lower bound of hostTime
+	boundMachines Time // lower bound of machineTime
 }
 
 func (m *meter) measured(t Time) bool { return t >= m.warmup && t < m.end }
@@ -110,20 +111,21 @@ func (m *meter) decided(n int, took time.Duration) bool {
 
 func (m *meter) report() Report {
 	r := Report{
-		HostHours:       tidy(m.hostTime.hours()),
-		MachineHours:    tidy(m.machineTime.hours()),
-		LowerBound:      tidy(m.bound.hours()),
-		PeakHosts:       m.peakHosts,
-		PeakMachines:    m.peakMachines,
-		ContainerMoves:  m.moves,
-		MachineMoves:    m.migrations,
-		MachineMoveGiB:  tidy(float64(m.migrated) / (1 << 30)),
-		Rejected:        m.arrived - len(m.waits) + m.away,
-		HACoveredShare:  1,
-		Decisions:       m.decisions,
-		arrivals:        m.arrived,
-		moves1000:       1000 * part(int64(m.moves), int64(m.arrived)),
-		measuredSeconds: (m.end - m.warmup).Seconds(),
+		HostHours:          tidy(m.hostTime.hours()),
+		MachineHours:       tidy(m.machineTime.hours()),
+		LowerBound:         tidy(m.bound.hours()),
+		LowerBoundMachines: tidy(m.boundMachines.hours()),
+		PeakHosts:          m.peakHosts,
+		PeakMachines:       m.peakMachines,
+		ContainerMoves:     m.moves,
+		MachineMoves:       m.migrations,
+		MachineMoveGiB:     tidy(float64(m.migrated) / (1 << 30)),
+		Rejected:           m.arrived - len(m.waits) + m.away,
+		HACoveredShare:     1,
+		Decisions:          m.decisions,
+		arrivals:           m.arrived,
+		moves1000:          1000 * part(int64(m.moves), int64(m.arrived)),
+		measuredSeconds:    (m.end - m.warmup).Seconds(),
 	}
 	if m.bound > 0 {
 		r.HostHoursRatio = tidy(float64(m.hostTime) / float64(m.bound))

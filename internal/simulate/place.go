@@ -16,6 +16,7 @@ func (w *World) enter(c *Container, m *Machine) {
 	w.must(c.Need.fits(m.Free()), "container %s needs %s, but machine %s has %s left", c.ID, c.Need, m.ID, m.Free())
 	c.Machine, c.pos = m, len(m.Containers)
 	m.Containers = append(m.Containers, c)
+	m.Host.entered++
 	m.Used = m.Used.add(c.Need)
 }
 
@@ -142,6 +143,7 @@ func (w *World) migrated(m *Machine) {
 	from.Used = from.Used.sub(m.Size)
 	m.Host, m.target, m.pos = to, nil, len(to.Machines)
 	to.Machines = append(to.Machines, m)
+	to.entered++
 	to.arriving--
 	w.log.line(Line{What: "migrated", Machine: m.ID, From: from.ID, Host: to.ID})
 }
@@ -212,6 +214,7 @@ func (w *World) fail(h *Host) (machines []*Machine, containers []*Container) {
 				w.release(c)
 				c.Machine, c.pos = from, len(from.Containers)
 				from.Containers = append(from.Containers, c)
+				from.Host.entered++
 				from.Used = from.Used.add(c.Need)
 				w.log.line(Line{What: "move-failed", Container: c.ID, Machine: from.ID, Host: from.Host.ID})
 				continue

@@ -41,7 +41,7 @@ func TestAccountingEqualsTheTranscript(t *testing.T) {
 					Boot:      time.Duration(rapid.SampledFrom([]int{0, 5}).Draw(t, "boot")) * time.Second, Grow: time.Duration(rapid.IntRange(0, 2).Draw(t, "grow")) * time.Second,
 					BaselineBoot: time.Minute, HostBoot: time.Duration(rapid.SampledFrom([]int{0, 0, 30}).Draw(t, "host boot")) * time.Second,
 					HA: rapid.IntRange(0, 2).Draw(t, "ha"), Budget: rapid.SampledFrom([]float64{-1, 0, 100}).Draw(t, "budget"),
-					HAEvery: time.Duration(rapid.SampledFrom([]int{-1, 7, 60}).Draw(t, "ha every")) * time.Second, Policy: m.name, Baselines: []string{}}
+					HAEvery: time.Duration(rapid.SampledFrom([]int{0, 7, 60}).Draw(t, "ha every")) * time.Second, Policy: m.name, Baselines: []string{}}
 				if end := tr.End(); end > 2 && rapid.Bool().Draw(t, "warm-up") {
 					o.Warmup = time.Duration(rapid.Int64Range(0, int64(end)-1).Draw(t, "warm-up ms")) * time.Millisecond
 				} else if end == 0 {

@@ -11,18 +11,21 @@ import (
 // Report is what a policy came to in the measured time. Hours are hours, GiB are
 // 2^30 bytes, waits are seconds from arrival to the first start.
 type Report struct {
-	HostHours      float64 `json:"host_hours"`
-	MachineHours   float64 `json:"machine_hours"`
-	LowerBound     float64 `json:"lower_bound_host_hours"`
-	HostHoursRatio float64 `json:"host_hours_ratio"`
-	PeakHosts      int     `json:"peak_hosts"`
-	PeakMachines   int     `json:"peak_machines"`
-	ContainerMoves int     `json:"container_moves"`
-	MachineMoves   int     `json:"machine_moves"`
-	MachineMoveGiB float64 `json:"machine_move_gib"`
-	WaitMean       float64 `json:"wait_mean_s"`
-	WaitP50        float64 `json:"wait_p50_s"`
-	WaitP99        float64 `json:"wait_p99_s"`
+	HostHours    float64 `json:"host_hours"`
+	MachineHours float64 `json:"machine_hours"`
+	LowerBound   float64 `json:"lower_bound_host_hours"`
+	// LowerBoundMachines are the least machine-hours: machines as large as the
+	// largest host, none of them shared by those who must not.
+	LowerBoundMachines float64 `json:"lower_bound_machine_hours"`
+	HostHoursRatio     float64 `json:"host_hours_ratio"`
+	PeakHosts          int     `json:"peak_hosts"`
+	PeakMachines       int     `json:"peak_machines"`
+	ContainerMoves     int     `json:"container_moves"`
+	MachineMoves       int     `json:"machine_moves"`
+	MachineMoveGiB     float64 `json:"machine_move_gib"`
+	WaitMean           float64 `json:"wait_mean_s"`
+	WaitP50            float64 `json:"wait_p50_s"`
+	WaitP99            float64 `json:"wait_p99_s"`
 	// Rejected never ran, or ran on a host that failed and never again.
 	Rejected int `json:"rejected"`
 	// HACoveredShare is the share of instants at which any one host could have
@@ -45,7 +48,7 @@ type Report struct {
 
 // WriteText prints the report as a table, a row for each policy.
 func (r *Report) WriteText(w io.Writer) error {
-	fmt.Fprintf(w, "Measured: %s of the trace, %d arrivals; at least %.0f host-hours are needed.\n\n", hoursText(r.measuredSeconds), r.arrivals, r.LowerBound)
+	fmt.Fprintf(w, "Measured: %s of the trace, %d arrivals; at least %.0f host-hours and %.0f machine-hours are needed.\n\n", hoursText(r.measuredSeconds), r.arrivals, r.LowerBound, r.LowerBoundMachines)
 	t := tabwriter.NewWriter(w, 2, 4, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "POLICY\tHOST-HOURS\tOF BOUND\tPEAK\tMACHINE-HOURS\tPEAK\tMOVES\tPER 1000\tMIGRATED\tWAIT MEAN\tP50\tP99\tREJECTED\tLOSS COVERED\tDECISIONS/S\tP99\t")
 	row := func(name string, r *Report) {

@@ -34,8 +34,8 @@ type Options struct {
 	Budget float64
 	// Warmup is excluded from all figures.
 	Warmup time.Duration
-	// HAEvery is the time between two looks at the failover cover; negative:
-	// every instant. Default: a minute.
+	// HAEvery is the time between two looks at the failover cover. Default: every
+	// instant counts, each state for as long as it holds.
 	HAEvery time.Duration
 	Fail    []Failure
 
@@ -103,7 +103,7 @@ func (o *Options) check(t *Trace) error {
 	default:
 		return bad("isolation %q is not one of project, shared, own", clip(o.Isolation))
 	}
-	for _, d := range []time.Duration{o.Boot, o.Grow, o.BaselineBoot, o.HostBoot, o.Warmup} {
+	for _, d := range []time.Duration{o.Boot, o.Grow, o.BaselineBoot, o.HostBoot, o.Warmup, o.HAEvery} {
 		if d < 0 || d > 1000*time.Hour {
 			return bad("a time of %s is out of range", d)
 		}
@@ -113,9 +113,6 @@ func (o *Options) check(t *Trace) error {
 	}
 	if o.MigrateRate <= 0 {
 		o.MigrateRate = 1 << 30
-	}
-	if o.HAEvery == 0 {
-		o.HAEvery = time.Minute
 	}
 	if end := t.End(); At(o.Warmup) >= end {
 		return bad("the trace ends after %.0f s, within the warm-up of %.0f s", end.Seconds(), o.Warmup.Seconds())
@@ -195,13 +192,14 @@ func newWorld(o *Options, t *Trace, p Policy, log *transcript) *World {
 		w.Isolation = x.Isolates(o)
 	}
 	run := &RunLine{Trace: t.Name, Policy: p.Name(), Isolation: w.Isolation, Resizable: resizable, OverheadCPU: o.Overhead.CPU, OverheadBytes: o.Overhead.Memory,
-		BootS: w.boot.Seconds(), GrowS: w.grow.Seconds(), HostBootS: w.hostBoot.Seconds(), WarmupS: o.Warmup.Seconds(), EndS: end.Seconds(), HAEveryS: max(0, o.HAEvery.Seconds())}
+		BootS: w.boot.Seconds(), GrowS: w.grow.Seconds(), HostBootS: w.hostBoot.Seconds(), WarmupS: o.Warmup.Seconds(), EndS: end.Seconds(), HAEveryS: o.HAEvery.Seconds()}
 	for _, h := range o.Hosts {
 		w.pools = append(w.pools, poolState{Pool: h, next: 1})
 		run.Hosts = append(run.Hosts, HostLine{ID: h.ID, CPU: h.Size.CPU, Memory: h.Size.Memory, Count: h.Count})
 	}
-	w.meter = &meter{warmup: At(o.Warmup), end: end, every: At(max(0, o.HAEvery)), cover: cover{resizable: resizable}}
+	w.meter = &meter{warmup: At(o.Warmup), end: end, every: At(o.HAEvery), cover: cover{resizable: resizable}}
 	w.meter.bound = lowerBound(t, o.Hosts, o.Overhead, w.meter.warmup, end)
+	w.meter.boundMachines = lowerBoundMachines(t, o.Hosts, o.Overhead, w.Isolation, w.meter.warmup, end)
 	if log != nil {
 		log.now = w.Now
 		log.line(Line{What: "run", Run: run})

@@ -15,9 +15,11 @@ type Host struct {
 	Up       bool // false: still starting
 	Gone     bool // switched off or failed
 	pool     int
-	number   int // in its pool
-	pos      int // in World.hosts
-	arriving int // machines on their way here
+	number   int    // in its pool
+	pos      int    // in World.hosts
+	arriving int    // machines on their way here
+	entered  uint64 // how often a container, or a machine with some, came here
+	proof    proof  // of survival without it
 }
 
 // Free is what no machine has.
