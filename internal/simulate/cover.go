@@ -20,6 +20,7 @@ import (
 type cover struct {
 	resizable bool
 	making    proof // what the search under way has found so far
+	nodes     int   // that search may still try
 
 	hosts  fit
 	hostAt []*Host
@@ -221,7 +222,12 @@ func (k *cover) containers(h *Host, overhead Size) bool {
 			k.rollbackTo(start)
 		}
 	}
-	return false
+	if !k.resizable || !k.enough() {
+		return false // no search finds what is not there
+	}
+	k.making.reset()
+	k.nodes = maxNodes
+	return k.search(slices.Clone(k.order), overhead)
 }
 
 // place finds a free slot, room in a machine that the attempt booted, room beside
