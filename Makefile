@@ -9,7 +9,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VULNCHECK   := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 export CGO_ENABLED ?= 0
 
-.PHONY: help deps build guest demo demo-clean test race lint vulncheck fuzz bench peers install generate clean
+.PHONY: help deps build guest demo demo-clean test race lint vulncheck fuzz bench peers simulate install generate clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: guest ## the numbers of SPECIFICATION.md, side by side
 
 peers: ## decisions a second beside kube-scheduler's, 10,000 hosts (downloads Kubernetes)
 	@cd bench/peers && go run .
+
+simulate: ## Tandem beside one VM per container and Kubernetes, on a trace (TRACE=file.csv.gz)
+	@bench/simulate
 
 install: guest ## into /usr/local (DESTDIR goes before it)
 	install -D -m 755 $(BIN)/tandem $(DESTDIR)/usr/local/bin/tandem
