@@ -9,8 +9,8 @@ import (
 // containers that are on it fit on the other hosts at once, by starting its
 // machines again, or by placing containers again in free slots of running machines
 // of the same group or in new machines in the free part of a host. It knows
-// nothing of the policy and takes no promise from it: it tries. The answer is a
-// function of the state alone, so that a stranger gets the same.
+// nothing of the policy and takes no promise from it: it tries. The answers follow
+// from the states that it was asked about alone, so that a stranger gets the same.
 //
 // The search is first and best fit decreasing, so a "no" may be wrong and a "yes" never is.
 //
