@@ -26,7 +26,7 @@ func TestSimulateReportsTheKeysOfTheContract(t *testing.T) {
 	if code != ExitDone {
 		t.Fatalf("exit %d: %s", code, errs)
 	}
-	keys := []string{"host_hours", "machine_hours", "lower_bound_host_hours", "host_hours_ratio", "peak_hosts", "peak_machines", "container_moves", "machine_moves",
+	keys := []string{"host_hours", "machine_hours", "lower_bound_host_hours", "lower_bound_machine_hours", "host_hours_ratio", "peak_hosts", "peak_machines", "container_moves", "machine_moves",
 		"machine_move_gib", "wait_mean_s", "wait_p50_s", "wait_p99_s", "rejected", "ha_covered_share", "decisions", "decisions_per_s", "decision_p99_us"}
 	slices.Sort(keys)
 	var r map[string]any
