@@ -270,6 +270,12 @@ func BenchmarkServer(b *testing.B) {
 	// 1,000 containers that are known but have no place: more than the host has.
 	file := h.Compose("many", "name: many\nservices:\n  x:\n    image: busybox:latest\n    command: [sleep, '1']\n    deploy: {replicas: 1000, resources: {reservations: {memory: 1000G}}}\n")
 	h.Tandem("up", "-d", "-f", file)
+	h.Eventually(time.Minute, "1,000 containers known", func() error {
+		if n := strings.Count(h.Tandem("ps", "-a", "-q"), "\n"); n != 1000 {
+			return fmt.Errorf("%d containers known", n)
+		}
+		return nil
+	})
 	ps := times(9, func(int) {
 		if n := strings.Count(h.Tandem("ps", "-a", "-q"), "\n"); n != 1000 {
 			b.Fatalf("%d containers known", n)
