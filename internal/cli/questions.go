@@ -57,7 +57,7 @@ func (m *moveFlags) add(c *cobra.Command) {
 	f.BoolVar(&m.plan, "plan", false, "print the steps and their reasons, change nothing")
 	f.Int32Var(&m.moves, "moves", 20, "move at most so many containers; -1: any number")
 	f.Int32Var(&m.migrations, "migrations", -1, "migrate at most so many machines while they run; -1: any number")
-	f.StringVar(&m.bytes, "bytes", "", "move at most so much memory, such as 16g (default: any amount)")
+	f.StringVar(&m.bytes, "bytes", "", "let migrations copy at most so much memory, such as 16g (default: any amount)")
 	f.Uint64Var(&m.revision, "revision", 0, "the revision of a plan: change nothing if the state has changed since")
 	f.BoolVar(&m.detailed, "detailed-exitcode", false, "with --plan: exit with 3 when there are steps")
 }

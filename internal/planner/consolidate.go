@@ -31,10 +31,17 @@ func (s *State) consolidate(q Consolidate) (*Plan, error) {
 		if tried >= maxTried || q.Hosts > 0 && emptied >= q.Hosts {
 			break
 		}
-		if !d.worthIt(h, &q) {
+		if d.reached[h] {
+			continue // what has just come does not go on
+		}
+		most, ok := d.worth(h, &q)
+		if !ok || most >= 0 && d.disturbs(h, b) > most {
 			break // the next ones hold more
 		}
 		k, spent := d.mark(), b.spent
+		if b.Containers = q.Budget.Containers; most >= 0 && (b.Containers < 0 || b.spent.Containers+most < b.Containers) {
+			b.Containers = b.spent.Containers + most
+		}
 		if d.clear(h, b, "to empty "+h.ID) && s.dismiss(h, &d.undo) {
 			emptied++
 			if q.PowerOff {
@@ -100,27 +107,40 @@ func (d *decision) powerOff(h *host) {
 		Reason: Reason{Summary: h.ID + " was emptied; the guarantee does without it"}})
 }
 
-// worthIt says whether all fits without h at all, and whether enough is unused for
-// what emptying it disturbs: see Consolidate.Leave.
-func (d *decision) worthIt(h *host, q *Consolidate) bool {
+// worth says how many containers may move for h to be empty, negative for any
+// number, and whether all fits without h at all: see Consolidate.Leave.
+func (d *decision) worth(h *host, q *Consolidate) (most int, ok bool) {
 	s := d.s
 	room := s.total.sub(h.Capacity).sub(s.busy)
 	if room.CPU < 0 || room.Memory < 0 {
-		return false
+		return 0, false
 	}
 	unused := min(share(room.CPU, s.total.CPU), share(room.Memory, s.total.Memory))
 	if unused >= q.Leave {
-		return true
+		return -1, true
 	}
 	part := unused / q.Leave
-	return float64(len(h.all.members)) <= cheapHost*part*part
+	return int(cheapHost * part * part), true
+}
+
+// disturbs is how many containers would have to move for h to be empty: those in
+// machines that can't be migrated within the budget, or have one like them on every
+// host, and those on metal.
+func (d *decision) disturbs(h *host, b *budget) int {
+	n := len(h.metal.members)
+	for _, m := range h.machines {
+		if h.Capabilities.MoveSecondsGiB <= 0 || m.group.size() >= d.s.open.n || !b.allows(0, 1, m.Size.Memory) {
+			n += len(m.in.members)
+		}
+	}
+	return n
 }
 
 // cheapest is the hosts within the budget by what emptying them disturbs.
 func (d *decision) cheapest(b *budget) []*host {
 	type entry struct {
 		h *host
-		n int
+		n int // containers that would move
 	}
 	var list []entry
 	for id := range d.s.hosts {
@@ -128,12 +148,12 @@ func (d *decision) cheapest(b *budget) []*host {
 		if !h.takes() || len(h.all.members) == 0 {
 			continue
 		}
-		if n := len(h.all.members); b.allows(n, 0, 0) {
+		if n := d.disturbs(h, b); b.allows(n, 0, 0) {
 			list = append(list, entry{h, n})
 		}
 	}
 	slices.SortFunc(list, func(x, y entry) int {
-		return cmp.Or(cmp.Compare(x.n, y.n), cmp.Compare(x.h.busy.Memory, y.h.busy.Memory), cmp.Compare(x.h.ID, y.h.ID))
+		return cmp.Or(cmp.Compare(x.n, y.n), cmp.Compare(len(x.h.all.members), len(y.h.all.members)), cmp.Compare(x.h.busy.Memory, y.h.busy.Memory), cmp.Compare(x.h.ID, y.h.ID))
 	})
 	out := make([]*host, 0, min(len(list), 256))
 	for _, e := range list[:min(len(list), 256)] {

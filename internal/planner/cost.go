@@ -1,5 +1,7 @@
 package planner
 
+import "math"
+
 // Weights turn the terms of a cost into seconds-equivalents: what one would wait
 // to avoid it. They are few on purpose, and every option in a Reason shows its terms.
 const (
@@ -26,8 +28,16 @@ const (
 	// WeightPowerOn is for a host that has to be switched on.
 	WeightPowerOn = 1000.0
 	// WeightCrowd is for each machine that is on the host already when another is
-	// booted there, where hosts can be switched on instead: a few large machines.
-	WeightCrowd = 60.0
+	// booted there, where hosts can be switched on instead; as much again where
+	// nothing is free, in proportion. So a second one boots where more than a
+	// seventh of the host is free, the roomiest first, and for a third one a host
+	// is switched on: a few large machines.
+	WeightCrowd = 540.0
+	// WeightSparse is for a host that runs next to nothing, and twice of it for such
+	// a machine, where hosts can be switched off; it wears off with e^(-n/10) for n
+	// containers: what holds few empties by itself, or is cheap to empty, as long as
+	// nothing is added.
+	WeightSparse = 8.0
 	// WeightMoveGiB is for each GiB that a move or a migration carries.
 	WeightMoveGiB = 1.0
 )
@@ -55,10 +65,11 @@ const (
 	termRest
 	termPower
 	termCrowd
+	termSparse
 	nTerms
 )
 
-var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power", "crowd"}
+var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power", "crowd", "sparse"}
 
 func (a *candidate) id() string {
 	if a.machine != nil {
@@ -125,14 +136,52 @@ func (d *decision) weigh(c *container, a *candidate) {
 	a.terms[termFit] = WeightFit * fit(c, a)
 	a.terms[termRest] = d.rest(c, a)
 	a.terms[termPower] = power
-	if a.kind == Boot && len(d.s.off) > 0 && c.Isolation == Project {
-		a.terms[termCrowd] = WeightCrowd * float64(len(h.machines))
+	if d.switchable() {
+		a.terms[termSparse] = d.sparse(c, a)
+		if a.kind == Boot && c.Isolation == Project {
+			a.terms[termCrowd] = crowd(h)
+		}
 	}
 	a.cost = 0
 	for _, t := range a.terms {
 		a.cost += t
 	}
 }
+
+// crowd charges for another machine on a host.
+func crowd(h *host) float64 {
+	free := h.avail()
+	room := min(share(free.CPU, h.Capacity.CPU), share(free.Memory, h.Capacity.Memory))
+	return WeightCrowd * float64(len(h.machines)) * (2 - room)
+}
+
+// sparse charges for adding to what holds little.
+func (d *decision) sparse(c *container, a *candidate) float64 {
+	cost := WeightSparse * decay(len(a.host.all.members))
+	if c.Isolation != Project {
+		return cost // the machines are few and large
+	}
+	n := 0
+	if a.machine != nil {
+		n = len(a.machine.in.members)
+	}
+	return cost + 2*WeightSparse*decay(n)
+}
+
+// decay is e^(-n/10).
+func decay(n int) float64 {
+	if n >= len(decays) {
+		return 0
+	}
+	return decays[n]
+}
+
+var decays = func() (d [64]float64) {
+	for n := range d {
+		d[n] = math.Exp(-float64(n) / 10)
+	}
+	return d
+}()
 
 // fit is 0 (nothing stays free on the host) to 1 (empty). What machines hold free
 // counts as free: it can be given back.

@@ -44,9 +44,11 @@ type decision struct {
 	evict   bool // batch work may give way
 	// replicas is where the service of the container being decided runs.
 	replicas map[*host]int
-	only     *host // nothing but this host
-	not      *host // anything but this host
-	nor      *host // nor this
+	only     *host          // nothing but this host
+	not      *host          // anything but this host
+	nor      *host          // nor this
+	powered  bool           // a host was switched on for the container being decided
+	reached  map[*host]bool // machines were to migrate there
 	// tooLarge is what machines of a lost host needed that found none.
 	tooLarge []Size
 	into     func(*container, *machine) bool // when not nil: only machines that it allows
@@ -57,7 +59,7 @@ type decision struct {
 // Plan.Unplaced.
 func (s *State) Decide(q Question) (*Plan, error) {
 	n := 0
-	for _, set := range []bool{q.Place != nil, q.Trim != nil, q.HostLost != nil, q.EmptyHost != nil, q.Rebalance != nil, q.Consolidate != nil, q.Fold != nil, q.WhatIf != nil} {
+	for _, set := range []bool{q.Place != nil, q.Trim != nil, q.HostLost != nil, q.EmptyHost != nil, q.Rebalance != nil, q.Consolidate != nil, q.Fold != nil, q.Room != nil, q.WhatIf != nil} {
 		if set {
 			n++
 		}
@@ -79,6 +81,8 @@ func (s *State) Decide(q Question) (*Plan, error) {
 		return s.consolidate(*q.Consolidate)
 	case q.Fold != nil:
 		return s.fold(*q.Fold)
+	case q.Room != nil:
+		return s.roomAhead(q.Room)
 	case q.WhatIf != nil:
 		return s.whatIf(q.WhatIf)
 	}
@@ -206,7 +210,7 @@ func (d *decision) decide(c *container) bool {
 	f := &finder{d: d, c: c, found: s.scratch.found[:0], misses: s.scratch.misses[:0]}
 	s.scratch = scratch{} // in use: a decision inside this one takes its own
 	defer func() { s.scratch = scratch{found: f.found, misses: f.misses} }()
-	d.replicas = nil
+	d.replicas, d.powered = nil, false
 	if c.Service != "" {
 		d.replicas = s.services[c.service()]
 	}
@@ -241,11 +245,6 @@ func (d *decision) decide(c *container) bool {
 		Remedy:    f.remedy(),
 	})
 	return false
-}
-
-// tooCrowded says whether even the best option is worse than switching a host on.
-func (d *decision) tooCrowded(f *finder) bool {
-	return !d.noPower && len(d.s.off) > 0 && len(f.found) > 0 && f.found[f.best()].cost > WeightPowerOn
 }
 
 // refuse is for what no place can mend.
@@ -323,80 +322,6 @@ func (d *decision) takeReserve(h *host, need Size) bool {
 		}
 	}
 	return d.s.makeRoom(h, need, &d.undo) || d.relaxed && d.s.shed(h, need, &d.undo)
-}
-
-// power switches hosts on until one of the options works out.
-func (d *decision) power(f *finder) bool {
-	s := d.s
-	start, acts := len(d.undo), len(d.actions)
-	before := slices.Clone(f.found)
-	for range s.policy.HostLosses + 2 {
-		h := d.spare(f.c, len(f.found) > 0)
-		if h == nil {
-			break
-		}
-		d.powerOn(h, f.c)
-		g := &finder{d: d, c: f.c}
-		if f.c.Isolation == Metal {
-			g.hosts(PlaceM)
-		} else {
-			g.machines()
-			g.hosts(Boot)
-		}
-		f.found = append(f.found[:0], g.found...)
-		if d.settle(f) {
-			return true
-		}
-	}
-	rollback(&d.undo, start)
-	d.actions = d.actions[:acts]
-	f.found = append(f.found[:0], before...)
-	return false
-}
-
-// spare is the host to switch on: the smallest that would hold c; with any, the
-// largest will do as a standby when none holds it.
-func (d *decision) spare(c *container, anyway bool) *host {
-	var best *host
-	for i, h := range d.s.off {
-		if i >= maxExplained {
-			break
-		}
-		if h == d.not || d.only != nil && d.only != h {
-			continue
-		}
-		h.Off = false
-		ok := d.s.bootRules(c, h).ok()
-		if c.Isolation == Metal {
-			ok = d.s.metalRules(c, h).ok()
-		}
-		h.Off = true
-		if !ok && !anyway {
-			continue
-		}
-		if best == nil || h.Capacity.fits(best.Capacity) && h.Capacity != best.Capacity {
-			best = h
-		}
-	}
-	return best
-}
-
-func (d *decision) powerOn(h *host, c *container) {
-	d.power1(h, false)
-	d.actions = append(d.actions, Action{Kind: PowerOn, Host: h.ID, Seconds: h.Capabilities.PowerOnSeconds, Cost: WeightPowerOn,
-		Reason: Reason{Summary: "switched " + h.ID + " on: nothing that is on has room for " + c.ID + " and keeps the guarantee"}})
-}
-
-// power1 switches h off or on in the tentative state.
-func (d *decision) power1(h *host, off bool) {
-	set := func(v bool) {
-		d.s.unindexHost(h)
-		h.Off = v
-		d.s.indexHost(h)
-	}
-	was := h.Off
-	set(off)
-	d.undo.note(func() { set(off) }, func() { set(was) })
 }
 
 // apply carries an option out on the tentative state.

@@ -255,7 +255,11 @@ func (f *finder) hosts(kind Kind) {
 		f.closed(closed)
 	}
 	var y search
-	s.open.fitting(c.need, func(h *host) bool {
+	look := s.open.fitting
+	if kind == Boot && c.Isolation == Project && f.d.switchable() {
+		look = s.open.roomiest // see WeightCrowd
+	}
+	look(c.need, func(h *host) bool {
 		y.looked++
 		if x := rules(c, h); !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)

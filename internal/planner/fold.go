@@ -12,6 +12,8 @@ type Fold struct {
 	Budget Budget
 	// Among are the machines that may be emptied or filled; nil: all.
 	Among []string
+	// From are those of them that may be emptied; nil: all.
+	From []string
 	// Leave is the part, 0 to 1, of a machine's ceiling that stays unused in those
 	// that are filled: load that grows a little must not need another machine at once.
 	Leave float64
@@ -32,23 +34,18 @@ func (s *State) fold(q Fold) (*Plan, error) {
 	d := s.decision()
 	d.noPower, d.noBoot = true, true
 	defer d.back()
-	var among map[*machine]bool
-	if q.Among != nil {
-		among = map[*machine]bool{}
-		for _, id := range q.Among {
-			if m := s.machines[id]; m != nil {
-				among[m] = true
-			}
-		}
+	among, from := s.known(q.Among), s.known(q.From)
+	if from == nil {
+		from = among
 	}
 	b := &budget{Budget: q.Budget}
 	filled := map[*machine]bool{} // is not emptied by the same plan
 	tried, emptied := 0, 0
-	for _, m := range d.foldable(among) {
+	for _, m := range d.foldable(from) {
 		if tried >= maxTried || q.Machines > 0 && emptied >= q.Machines {
 			break
 		}
-		if filled[m] || !b.allows(len(m.in.members), 0, 0) {
+		if filled[m] || among != nil && !among[m] || !b.allows(len(m.in.members), 0, 0) {
 			continue
 		}
 		k, spent := d.mark(), b.spent
@@ -69,8 +66,22 @@ func (s *State) fold(q Fold) (*Plan, error) {
 	return d.plan(), nil
 }
 
+// known is those of the machines that are there; nil: all.
+func (s *State) known(ids []string) map[*machine]bool {
+	if ids == nil {
+		return nil
+	}
+	set := map[*machine]bool{}
+	for _, id := range ids {
+		if m := s.machines[id]; m != nil {
+			set[m] = true
+		}
+	}
+	return set
+}
+
 // foldable is the machines all of whose containers may move, cheapest first.
-func (d *decision) foldable(among map[*machine]bool) []*machine {
+func (d *decision) foldable(from map[*machine]bool) []*machine {
 	var list []*machine
 	look := func(m *machine) {
 		if len(m.in.members) == 0 || m.Pinned || !m.takes() || !m.host.takes() {
@@ -83,12 +94,12 @@ func (d *decision) foldable(among map[*machine]bool) []*machine {
 		}
 		list = append(list, m)
 	}
-	if among == nil {
+	if from == nil {
 		for m := range maps.Values(d.s.machines) {
 			look(m)
 		}
 	}
-	for m := range among {
+	for m := range from {
 		look(m)
 	}
 	slices.SortFunc(list, func(x, y *machine) int {
@@ -128,10 +139,10 @@ func (d *decision) pour(m *machine, among map[*machine]bool, b *budget, q *Fold)
 	taken := s.taken
 	var into []*machine
 	for _, c := range members {
-		if !b.allows(1, 0, c.need.Memory) || !d.move(c, "to fold "+m.ID) || c.machine == nil {
+		if !b.allows(1, 0, 0) || !d.move(c, "to fold "+m.ID) || c.machine == nil {
 			return nil, false
 		}
-		b.spend(1, 0, c.need.Memory)
+		b.spend(1, 0, 0)
 		if !slices.Contains(into, c.machine) {
 			into = append(into, c.machine)
 		}

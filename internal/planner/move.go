@@ -212,7 +212,10 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 			}
 			continue
 		}
-		if d.relaxed && d.migrateAway(m, b, why) { // nothing restarts
+		if m.Stopping && !d.relaxed {
+			return false // it is on its way somewhere else
+		}
+		if d.migrateAway(m, b, why) { // nothing restarts
 			continue
 		}
 		k := d.mark()
@@ -231,10 +234,6 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 		failed := slices.Clone(d.out[k.out:])
 		d.reset(k)
 		b.spent = spent
-		if d.migrateAway(m, b, why) {
-			continue
-		}
-		all = false
 		d.out = append(d.out, failed...)
 		if len(failed) == 0 {
 			for _, c := range m.in.members {
@@ -267,7 +266,7 @@ func (d *decision) moveAll(members []*container, b *budget, why string) bool {
 	})
 	all := true
 	for _, c := range list {
-		if c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, c.need.Memory) {
+		if c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, 0) {
 			all = false
 			if !d.relaxed {
 				return false
@@ -288,7 +287,7 @@ func (d *decision) moveAll(members []*container, b *budget, why string) bool {
 				continue
 			}
 		}
-		b.spend(1, 0, c.need.Memory)
+		b.spend(1, 0, 0)
 	}
 	return all
 }
@@ -313,7 +312,7 @@ func (d *decision) move(c *container, why string) bool {
 // swap moves c into the place of a smaller container that finds another one.
 func (d *decision) swap(c *container, b *budget, why string) bool {
 	g := d.s.groups[groupOf(c.Isolation, c.Project)]
-	if g == nil || d.nor != nil || c.need.CPU < 4 || !b.allows(2, 0, c.need.Memory) {
+	if g == nil || d.nor != nil || c.need.CPU < 4 || !b.allows(2, 0, 0) {
 		return false
 	}
 	defer func() { d.nor = nil }()
@@ -334,7 +333,7 @@ func (d *decision) swap(c *container, b *budget, why string) bool {
 		return looked < maxExamined && len(pairs) < maxSecured
 	})
 	for _, p := range pairs {
-		if !b.allows(2, 0, c.need.Memory+p.y.need.Memory) {
+		if !b.allows(2, 0, 0) {
 			continue
 		}
 		k := d.mark()
@@ -342,7 +341,7 @@ func (d *decision) swap(c *container, b *budget, why string) bool {
 		if d.move(p.y, why+", in favour of "+c.ID) {
 			d.nor = nil
 			if d.move(c, why) {
-				b.spend(1, 0, p.y.need.Memory)
+				b.spend(1, 0, 0)
 				return true
 			}
 		}
@@ -377,7 +376,7 @@ func (d *decision) stop(m *machine, why string) {
 
 // migrateAway migrates m to the fullest host that takes it.
 func (d *decision) migrateAway(m *machine, b *budget, why string) bool {
-	if !b.allows(len(m.in.members), 1, m.Size.Memory) {
+	if !b.allows(0, 1, m.Size.Memory) {
 		return false
 	}
 	from, size := m.host, m.Size
@@ -388,7 +387,11 @@ func (d *decision) migrateAway(m *machine, b *budget, why string) bool {
 		if d.migrate(m, o.h, size, true) {
 			r := f.targetReason(m, found, i)
 			r.Summary = fmt.Sprintf("%s: %s goes to %s while it runs, with the %d in it", why, m.ID, o.h.ID, len(m.in.members))
-			b.spend(len(m.in.members), 1, size.Memory)
+			b.spend(0, 1, size.Memory)
+			if d.reached == nil {
+				d.reached = map[*host]bool{}
+			}
+			d.reached[o.h] = true
 			d.actions = append(d.actions, Action{Kind: Migrate, Machine: m.ID, Host: o.h.ID, FromHost: from.ID, From: size, To: size, Bytes: size.Memory,
 				Seconds: from.Capabilities.MoveSecondsGiB * float64(size.Memory) / gib, Cost: o.cost, Reason: r})
 			return true
@@ -411,8 +414,8 @@ func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart
 	var out []target
 	looked, easy := 0, s.easyAll(m)
 	s.open.fitting(m.sum, func(h *host) bool {
-		if h == d.not || h == m.host {
-			return true
+		if h == d.not || h == m.host || !d.relaxed && !restart && h.hasOf(m.group) {
+			return true // two machines of a group side by side are one too many
 		}
 		looked++
 		to := size(h)
@@ -429,6 +432,9 @@ func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart
 		left := h.idle().sub(m.used()).sub(h.MachineExtra)
 		cpu, mem := share(left.CPU, h.Capacity.CPU), share(left.Memory, h.Capacity.Memory)
 		t := target{h: h, cost: WeightFit*(cpu*cpu+mem*mem)/2 + WeightMoveGiB*float64(m.Size.Memory)/gib}
+		if d.switchable() {
+			t.cost += WeightSparse * decay(len(h.all.members))
+		}
 		at := len(out)
 		for at > 0 && t.cost < out[at-1].cost {
 			at--
@@ -440,6 +446,11 @@ func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart
 		return looked < maxExamined
 	})
 	return out
+}
+
+// hasOf says whether h has a machine of g.
+func (h *host) hasOf(g *group) bool {
+	return slices.ContainsFunc(h.machines, func(m *machine) bool { return m.group == g })
 }
 
 // targetReason gives number i of the targets of m its reason.

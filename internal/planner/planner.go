@@ -21,6 +21,8 @@ type Question struct {
 	Consolidate *Consolidate
 	// Fold asks how to need fewer machines: which can be emptied into others.
 	Fold *Fold
+	// Room asks for room in machines that are there, before it is needed.
+	Room *Room
 	// WhatIf asks what would happen after changes that were not made.
 	WhatIf *WhatIf
 }
@@ -35,9 +37,9 @@ type Trim struct {
 // Budget bounds the disruption of a plan. Zero means none of that kind, a
 // negative number any amount.
 type Budget struct {
-	Containers int   // moved by start-before-stop; those inside a migrated machine count too
-	Machines   int   // migrated while they run
-	Bytes      int64 // memory of what moves
+	Containers int   // moved by start-before-stop
+	Machines   int   // migrated while they run, and all that is in them
+	Bytes      int64 // memory that migrations copy; what moves starts anew
 }
 
 // Consolidate bounds what a Consolidate question may do.
@@ -49,7 +51,7 @@ type Consolidate struct {
 	// is worth any move of the budget. While less is unused, load that comes back
 	// soon would undo the work: a host is emptied only if it holds few containers,
 	// the fewer the less is unused (12 x (unused / Leave)²). Hosts that run nothing
-	// are switched off whatever it says. 0.07 does well on clusters with a daily swing.
+	// are switched off whatever it says. 0.08 does well on clusters with a daily swing.
 	Leave float64
 	// PowerOff lets the plan switch off hosts that run nothing and that the
 	// guarantee does without.

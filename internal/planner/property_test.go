@@ -50,6 +50,8 @@ func plansKeepAllRules(t *rapid.T) {
 		"empty host":       x.emptyHost,
 		"rebalance":        x.rebalance,
 		"consolidate":      x.consolidate,
+		"fold":             x.fold,
+		"room":             x.room,
 		"what if":          x.whatIf,
 		"":                 x.invariants,
 	})
@@ -390,25 +392,6 @@ func (x *run) emptyHost(t *rapid.T) {
 		}
 	}
 	x.commit(p)
-}
-
-func (x *run) budget(t *rapid.T) planner.Budget {
-	return planner.Budget{Containers: rapid.IntRange(-1, 5).Draw(t, "moves"), Machines: rapid.IntRange(-1, 2).Draw(t, "migrations"), Bytes: -1}
-}
-
-func (x *run) within(p *planner.Plan, b planner.Budget) {
-	containers, machines := 0, 0
-	for _, a := range p.Actions {
-		switch a.Kind {
-		case planner.Move:
-			containers++
-		case planner.Migrate:
-			machines++
-		}
-	}
-	if b.Containers >= 0 && containers > b.Containers || b.Machines >= 0 && machines > b.Machines {
-		x.t.Fatalf("%d moves and %d migrations on a budget of %+v", containers, machines, b)
-	}
 }
 
 func (x *run) rebalance(t *rapid.T) {

@@ -112,7 +112,7 @@ func (d *decision) crowded() []*container {
 // improve moves c if the budget and its nature allow and it comes to stand better:
 // on a host with fewer of its service, or, when it must go, anywhere.
 func (d *decision) improve(c *container, b *budget, why string, must bool) {
-	if c.host == nil || c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, c.need.Memory) {
+	if c.host == nil || c.Stateful || len(c.Volumes) > 0 || !b.allows(1, 0, 0) {
 		return
 	}
 	before := c.host.all.count(c.service())
@@ -129,5 +129,5 @@ func (d *decision) improve(c *container, b *budget, why string, must bool) {
 		d.reset(k)
 		return
 	}
-	b.spend(1, 0, c.need.Memory)
+	b.spend(1, 0, 0)
 }

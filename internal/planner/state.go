@@ -274,6 +274,14 @@ func (s *State) SetMachine(m Machine) error {
 	return nil
 }
 
+// Machine is what is known of a machine.
+func (s *State) Machine(id string) (Machine, bool) {
+	if m := s.machines[id]; m != nil {
+		return m.Machine, true
+	}
+	return Machine{}, false
+}
+
 // RemoveMachine forgets a machine; what ran in it counts as not placed.
 func (s *State) RemoveMachine(id string) {
 	if m := s.machines[id]; m != nil {

@@ -61,15 +61,19 @@ func (t *tandem) note(w *World, a *planner.Action) {
 	switch a.Kind {
 	case planner.Place, planner.Move:
 		t.place[a.Container] = a.Machine
+		t.newest[a.Machine] = w.Now()
+	case planner.Migrate:
+		t.flies(w, a)
 	case planner.Evict:
 		delete(t.place, a.Container)
 		t.wait(a.Container)
 	case planner.PowerOn:
 		t.off--
 	case planner.PowerOff:
-		t.off++
+		t.tell(w, t.known[a.Host], true, true) // nobody switches it on before it is off
 	case planner.Stop:
 		delete(t.empty, a.Machine)
+		delete(t.newest, a.Machine)
 		t.s.RemoveMachine(a.Machine)
 	}
 }
@@ -149,6 +153,8 @@ func (t *tandem) act(w *World, a *planner.Action) bool {
 			return h == nil
 		}
 		w.PowerOff(h)
+		t.off++
+		t.tell(w, t.known[a.Host], true, false)
 	case planner.Boot, planner.Restart:
 		return t.boot(w, a)
 	case planner.Grow, planner.Shrink:
@@ -171,8 +177,8 @@ func (t *tandem) act(w *World, a *planner.Action) bool {
 		if m == nil || h == nil || !m.Up || !h.Up || m.target != nil || m.Live != m.Size || !m.Size.fits(h.Free()) {
 			return false
 		}
-		t.credit -= float64(len(m.Containers))
 		w.Migrate(m, h)
+		t.flights[a.Machine].begun = true
 	case planner.Stop:
 		if m.leaving > 0 || len(m.Containers) > 0 || m.target != nil {
 			return false

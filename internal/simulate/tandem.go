@@ -16,7 +16,15 @@ const (
 	// tandemLeave is the part of what is on that may be unused without anything
 	// being moved for it: load comes back. Less of it was measured to need more
 	// moves and more hosts.
-	tandemLeave = 0.07
+	tandemLeave = 0.08
+	// tandemRoom is the largest machine that leaves to make room for others.
+	tandemRoom = int64(64) << 30
+	// spendable is the part of the budget of moves that each arrival brings; the
+	// rest is for what was saved up before the warm-up ended and is spent after it.
+	spendable = 0.98
+	// tandemSettle is how long nothing must have come to a machine that is folded:
+	// most of what is young ends by itself.
+	tandemSettle = Time(1800 * 1000)
 )
 
 // tandem is Tandem itself: the real planner, asked at each event as the
@@ -40,13 +48,20 @@ type tandem struct {
 	credit   float64 // moves that the budget allows now
 	fold     Time    // the next question what could be folded
 
-	mending   bool // a host failed, and the guarantee is not whole again
-	measuring bool
+	flights map[string]*flight // machines that migrate, by the planner's name
+	newest  map[string]Time    // when something came to a machine last
+	rooming bool               // the plan makes room
+	lacking map[string]Time    // groups for which no neighbour could leave, until when
+	asked   Size               // sum of what arrived
+	arrived int64
+
+	mending bool // a host failed, and the guarantee is not whole again
 }
 
 func newTandem(o *Options) *tandem {
 	t := &tandem{s: planner.New(), o: o, machines: map[string]*Machine{}, names: map[*Machine]string{}, all: map[string]*Container{},
-		place: map[string]string{}, known: map[string]Offer{}, empty: map[string]Time{}}
+		place: map[string]string{}, known: map[string]Offer{}, empty: map[string]Time{},
+		flights: map[string]*flight{}, newest: map[string]Time{}, lacking: map[string]Time{}}
 	if err := t.s.SetPolicy(planner.Policy{HostLosses: o.HA}); err != nil {
 		panic(broken{err})
 	}
@@ -59,13 +74,11 @@ func (*tandem) Name() string { return "tandem" }
 // Handle asks the planner what the event calls for.
 func (t *tandem) Handle(w *World, e Event) int {
 	decided := 0
+	t.landed(w)
 	t.proceed(w)
 	switch e.Kind {
 	case Arrived:
-		if w.Measuring() && !t.measuring {
-			t.measuring, t.credit = true, 0 // what the warm-up saved up is not spent later
-		}
-		t.credit = min(t.credit+t.o.Budget/1000, maxCredit)
+		t.credit = min(t.credit+spendable*t.o.Budget/1000, maxCredit)
 		decided = t.arrive(w, e.Container)
 		w.Wake((w.Now()/tandemScan + 1) * tandemScan)
 	case Left:
@@ -106,11 +119,16 @@ func (t *tandem) offer(w *World) {
 		if _, ok := t.known[o.ID]; !ok && t.off < spareHosts*len(w.pools) {
 			t.known[o.ID] = o
 			t.off++
-			t.must(w, t.s.SetHost(planner.Host{ID: o.ID, Zone: o.Zone, Capacity: planner.Size(o.Size), GuestExtra: planner.Size(w.Overhead), Base: planner.Size(w.Overhead), Off: true,
-				Capabilities: planner.Capabilities{Grow: true, Shrink: true, CPUStep: 1, MemoryStep: 1, BootSeconds: w.boot.Seconds(), GrowSeconds: w.grow.Seconds(),
-					MoveSecondsGiB: float64(1<<30) / float64(w.migrateRate), PowerOnSeconds: w.hostBoot.Seconds()}}), "host "+o.ID)
+			t.tell(w, o, true, false)
 		}
 	}
+}
+
+// tell tells the planner of a host; one that is busy takes nothing new.
+func (t *tandem) tell(w *World, o Offer, off, busy bool) {
+	t.must(w, t.s.SetHost(planner.Host{ID: o.ID, Zone: o.Zone, Capacity: planner.Size(o.Size), GuestExtra: planner.Size(w.Overhead), Base: planner.Size(w.Overhead), Off: off, Cordoned: busy,
+		Capabilities: planner.Capabilities{Grow: true, Shrink: true, CPUStep: 1, MemoryStep: 1, BootSeconds: w.boot.Seconds(), GrowSeconds: w.grow.Seconds(),
+			MoveSecondsGiB: float64(1<<30) / float64(w.migrateRate), PowerOnSeconds: w.hostBoot.Seconds()}}), "host "+o.ID)
 }
 
 func (t *tandem) arrive(w *World, c *Container) int {
@@ -124,7 +142,10 @@ func (t *tandem) arrive(w *World, c *Container) int {
 	}
 	t.must(w, t.s.SetContainer(p), "container "+c.ID)
 	t.all[c.ID] = c
-	return t.ask(w, []string{c.ID})
+	t.asked, t.arrived = t.asked.add(c.Need), t.arrived+1
+	n := t.ask(w, []string{c.ID})
+	t.roomFor(w, c)
+	return n
 }
 
 // ask asks for places, and remembers what has none.
@@ -226,9 +247,11 @@ func (t *tandem) consolidate(w *World) {
 	if w.Now() >= t.fold && len(t.todo) == 0 {
 		t.fold = w.Now() + tandemFold
 		q.Leave = tandemLeave
-		if q.Budget = (planner.Budget{Containers: int(t.credit), Bytes: -1}); t.o.Budget < 0 {
-			q.Budget.Containers, q.Leave = -1, 0
+		q.Budget = t.budget(w)
+		if t.o.Budget < 0 {
+			q.Leave = 0
 		}
+		defer t.foldMachines(w)
 	} else if !slices.ContainsFunc(w.Hosts(), func(h *Host) bool { return len(h.Machines) == 0 }) {
 		return
 	}
@@ -241,6 +264,7 @@ func (t *tandem) consolidate(w *World) {
 func (t *tandem) lost(w *World, e Event) int {
 	id := e.Host.ID
 	t.losing = e.Lost
+	t.stranded(w, id)
 	t.forget(func(a *planner.Action) bool { // the planner decides anew about it
 		m := t.machines[a.Machine]
 		return a.Host == id || m != nil && m.Gone && a.Kind != planner.Place && a.Kind != planner.Move
@@ -286,6 +310,7 @@ func (t *tandem) sweep(w *World, host string) {
 		delete(t.names, t.machines[id])
 		delete(t.machines, id)
 		delete(t.empty, id)
+		delete(t.newest, id)
 	}
 	t.forget(func(a *planner.Action) bool { return slices.Contains(dead, a.Machine) })
 	for _, c := range t.losing {
@@ -308,7 +333,7 @@ func (t *tandem) mend(w *World) {
 		return
 	}
 	t.offer(w)
-	plan, err := t.s.Decide(planner.Question{Rebalance: &planner.Budget{Containers: max(0, int(t.credit)), Bytes: -1}})
+	plan, err := t.s.Decide(planner.Question{Rebalance: &planner.Budget{Containers: max(0, t.budget(w).Containers), Bytes: -1}})
 	t.must(w, err, "a question")
 	if t.carryOut(w, plan) {
 		ok, _ := t.s.Survives()

@@ -3645,9 +3645,9 @@ func (*AskRequest_WhatIf) isAskRequest_Question() {}
 // MoveBudget bounds what a plan may disturb. Zero is none, negative any amount.
 type MoveBudget struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Moves         int32                  `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"`           // containers, those inside a migrated machine too
+	Moves         int32                  `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"`           // containers, by start-before-stop
 	Migrations    int32                  `protobuf:"varint,2,opt,name=migrations,proto3" json:"migrations,omitempty"` // machines, while they run
-	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`           // memory of what moves
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`           // memory that migrations copy
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
