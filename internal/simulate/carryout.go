@@ -160,7 +160,7 @@ func (t *tandem) act(w *World, a *planner.Action) bool {
 	case planner.Grow, planner.Shrink:
 		w.must(m != nil, "the planner resizes machine %q, which is not there", a.Machine)
 		to := Size(a.To)
-		if m.target != nil || !m.Used.fits(to) || !to.sub(m.Size).max(Size{}).fits(m.Host.Free().max(Size{})) {
+		if m.Gone || m.target != nil || !m.Used.fits(to) || !to.sub(m.Size).max(Size{}).fits(m.Host.Free().max(Size{})) {
 			return false
 		}
 		w.Resize(m, to)

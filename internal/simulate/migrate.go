@@ -41,7 +41,7 @@ func (t *tandem) landed(w *World) {
 	}
 	for _, id := range slices.Sorted(maps.Keys(t.flights)) {
 		f, m := t.flights[id], t.machines[id]
-		if _, known := t.s.Machine(id); !known || f.begun && m != nil && m.target == nil {
+		if _, known := t.s.Machine(id); !known || f.begun && m != nil && m.target == nil && m.Host.ID == f.to {
 			t.endFlight(w, id)
 		}
 	}
