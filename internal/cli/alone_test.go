@@ -6,6 +6,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/distribution/reference"
 )
 
 // The small program carries out what it knows, and leaves the rest to the whole one.
@@ -31,6 +33,42 @@ func TestAlone(t *testing.T) {
 	} {
 		if got := Alone(Env{}, strings.Fields(args)); got != alone {
 			t.Errorf("tandem %s: alone is %v", args, got)
+		}
+	}
+}
+
+// A command that is named first is made without the others, and is the same.
+func TestOneCommand(t *testing.T) {
+	whole := New(Env{})
+	listed := map[string]bool{"help": true, "completion": true}
+	for _, e := range entries {
+		listed[e.name] = true
+		c, _, err := whole.Find([]string{e.name})
+		if err != nil || c.Name() != e.name || c.HasSubCommands() != e.parts || c.GroupID != e.group {
+			t.Errorf("%s is %q with parts %v in group %s: %v", e.name, c.Name(), c.HasSubCommands(), c.GroupID, err)
+		}
+		one, _, err := commands(Env{}, e.name).Find([]string{e.name})
+		if err != nil || one.Name() != e.name || one.UsageString() != c.UsageString() {
+			t.Errorf("%s by itself differs: %v\n%s", e.name, err, one.UsageString())
+		}
+	}
+	for _, c := range whole.Commands() {
+		if !listed[c.Name()] {
+			t.Errorf("%s is not in the list", c.Name())
+		}
+	}
+}
+
+// familiar says of full references what the images' store would.
+func TestFamiliar(t *testing.T) {
+	for _, s := range []string{"docker.io/library/busybox:latest", "docker.io/library/busybox@sha256:8e740f29dc3769b307438a55e87cfc6d30d36cc7bf23e8b7f583f771f68a949e",
+		"docker.io/some/app:1", "docker.io/library/deep/app:1", "localhost:5000/app:1", "quay.io/library/app:1", "registry.example/a/b/c:2"} {
+		n, err := reference.ParseNormalizedNamed(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := familiar(s), reference.FamiliarString(n); got != want {
+			t.Errorf("%s is %s, not %s", s, got, want)
 		}
 	}
 }

@@ -6,23 +6,48 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"strings"
 
 	"tandem/api/tandem/v1/tandemv1connect"
 	"tandem/internal/rpc"
 
+	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
 )
 
-// client is every service of the API.
+// client is every service of the API; each is made when it is asked for.
 type client struct {
-	projects   tandemv1connect.ProjectServiceClient
-	containers tandemv1connect.ContainerServiceClient
-	machines   tandemv1connect.MachineServiceClient
-	images     tandemv1connect.ImageServiceClient
-	volumes    tandemv1connect.VolumeServiceClient
-	system     tandemv1connect.SystemServiceClient
-	state      tandemv1connect.StateServiceClient
+	h *http.Client
+	o []connect.ClientOption
+}
+
+func (c *client) projects() tandemv1connect.ProjectServiceClient {
+	return tandemv1connect.NewProjectServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) containers() tandemv1connect.ContainerServiceClient {
+	return tandemv1connect.NewContainerServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) machines() tandemv1connect.MachineServiceClient {
+	return tandemv1connect.NewMachineServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) images() tandemv1connect.ImageServiceClient {
+	return tandemv1connect.NewImageServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) volumes() tandemv1connect.VolumeServiceClient {
+	return tandemv1connect.NewVolumeServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) system() tandemv1connect.SystemServiceClient {
+	return tandemv1connect.NewSystemServiceClient(c.h, rpc.BaseURL, c.o...)
+}
+
+func (c *client) state() tandemv1connect.StateServiceClient {
+	return tandemv1connect.NewStateServiceClient(c.h, rpc.BaseURL, c.o...)
 }
 
 // api connects on first use.
@@ -47,15 +72,6 @@ func (a *app) api() (*client, error) {
 		}
 		return c, nil
 	})
-	o := rpc.ClientOptions()
-	a.c = &client{
-		projects:   tandemv1connect.NewProjectServiceClient(h, rpc.BaseURL, o...),
-		containers: tandemv1connect.NewContainerServiceClient(h, rpc.BaseURL, o...),
-		machines:   tandemv1connect.NewMachineServiceClient(h, rpc.BaseURL, o...),
-		images:     tandemv1connect.NewImageServiceClient(h, rpc.BaseURL, o...),
-		volumes:    tandemv1connect.NewVolumeServiceClient(h, rpc.BaseURL, o...),
-		system:     tandemv1connect.NewSystemServiceClient(h, rpc.BaseURL, o...),
-		state:      tandemv1connect.NewStateServiceClient(h, rpc.BaseURL, o...),
-	}
+	a.c = &client{h, rpc.ClientOptions()}
 	return a.c, nil
 }

@@ -34,7 +34,7 @@ func (a *app) selector(ctx context.Context, args []string) (*v1.Selector, error)
 		return nil, err
 	}
 	// A word is a service where the project has one of that name, else a container.
-	res, err := api.projects.ListServices(ctx, connect.NewRequest(&v1.ListServicesRequest{Project: project}))
+	res, err := api.projects().ListServices(ctx, connect.NewRequest(&v1.ListServicesRequest{Project: project}))
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +74,7 @@ func (a *app) ps() *cobra.Command {
 					return err
 				}
 			}
-			res, err := api.containers.List(cmd.Context(), connect.NewRequest(req))
+			res, err := api.containers().List(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}
@@ -126,11 +126,11 @@ func (a *app) places(ctx context.Context) (*places, error) {
 	if err != nil {
 		return nil, err
 	}
-	ms, err := api.machines.List(ctx, connect.NewRequest(&v1.ListMachinesRequest{}))
+	ms, err := api.machines().List(ctx, connect.NewRequest(&v1.ListMachinesRequest{}))
 	if err != nil {
 		return nil, err
 	}
-	hs, err := api.system.Hosts(ctx, connect.NewRequest(&v1.ListHostsRequest{}))
+	hs, err := api.system().Hosts(ctx, connect.NewRequest(&v1.ListHostsRequest{}))
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +172,7 @@ func (a *app) start() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.containers.Start(cmd.Context(), connect.NewRequest(&v1.StartContainersRequest{Selector: sel}))
+			res, err := api.containers().Start(cmd.Context(), connect.NewRequest(&v1.StartContainersRequest{Selector: sel}))
 			if err != nil {
 				return err
 			}
@@ -229,13 +229,13 @@ func (a *app) stopLike(use, short string, call func(*client) func(context.Contex
 
 func (a *app) stop() *cobra.Command {
 	return a.stopLike("stop", "Stop containers gracefully", func(c *client) func(context.Context, *connect.Request[v1.StopContainersRequest]) (*connect.Response[v1.StopContainersResponse], error) {
-		return c.containers.Stop
+		return c.containers().Stop
 	})
 }
 
 func (a *app) restart() *cobra.Command {
 	return a.stopLike("restart", "Stop containers and start them again", func(c *client) func(context.Context, *connect.Request[v1.StopContainersRequest]) (*connect.Response[v1.StopContainersResponse], error) {
-		return c.containers.Restart
+		return c.containers().Restart
 	})
 }
 
@@ -248,7 +248,7 @@ func (a *app) kill() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = api.containers.Kill(cmd.Context(), connect.NewRequest(&v1.KillContainersRequest{Selector: sel, Signal: signal}))
+			_, err = api.containers().Kill(cmd.Context(), connect.NewRequest(&v1.KillContainersRequest{Selector: sel, Signal: signal}))
 			return err
 		},
 	}
@@ -266,7 +266,7 @@ func (a *app) rm() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.containers.Remove(cmd.Context(), connect.NewRequest(&v1.RemoveContainersRequest{Selector: sel, Force: force, Volumes: volumes, Wait: true}))
+			res, err := api.containers().Remove(cmd.Context(), connect.NewRequest(&v1.RemoveContainersRequest{Selector: sel, Force: force, Volumes: volumes, Wait: true}))
 			if err != nil {
 				return err
 			}
@@ -294,7 +294,7 @@ func (a *app) pauseLike(use, short string, resume bool) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = api.containers.Pause(cmd.Context(), connect.NewRequest(&v1.PauseContainersRequest{Selector: sel, Resume: resume}))
+			_, err = api.containers().Pause(cmd.Context(), connect.NewRequest(&v1.PauseContainersRequest{Selector: sel, Resume: resume}))
 			return err
 		},
 	}
@@ -309,7 +309,7 @@ func (a *app) wait() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.containers.Wait(cmd.Context(), connect.NewRequest(&v1.WaitContainerRequest{Container: args[0], Project: a.project, Condition: condition}))
+			res, err := api.containers().Wait(cmd.Context(), connect.NewRequest(&v1.WaitContainerRequest{Container: args[0], Project: a.project, Condition: condition}))
 			if err != nil {
 				return err
 			}
@@ -331,7 +331,7 @@ func (a *app) inspect() *cobra.Command {
 			}
 			var list []*v1.Container
 			for _, n := range args {
-				res, err := api.containers.Inspect(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: n, Project: a.project}))
+				res, err := api.containers().Inspect(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: n, Project: a.project}))
 				if err != nil {
 					return err
 				}

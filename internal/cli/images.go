@@ -11,7 +11,6 @@ import (
 	v1 "tandem/api/tandem/v1"
 
 	"connectrpc.com/connect"
-	"github.com/distribution/reference"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
@@ -26,7 +25,7 @@ func (a *app) imageLs() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.images.List(cmd.Context(), connect.NewRequest(&v1.ListImagesRequest{}))
+		res, err := api.images().List(cmd.Context(), connect.NewRequest(&v1.ListImagesRequest{}))
 		if err != nil {
 			return err
 		}
@@ -47,12 +46,18 @@ func (a *app) imageLs() *cobra.Command {
 	}}
 }
 
-// familiar is a reference as people write it: without the default registry.
+// familiar is a full reference as people write it: without the default registry.
+// (The package that the images' store has for this costs the command a millisecond
+// at each start.)
 func familiar(s string) string {
-	if n, err := reference.ParseNormalizedNamed(s); err == nil {
-		return reference.FamiliarString(n)
+	rest, ok := strings.CutPrefix(s, "docker.io/")
+	if !ok {
+		return s
 	}
-	return s
+	if short, ok := strings.CutPrefix(rest, "library/"); ok && !strings.Contains(short, "/") {
+		return short
+	}
+	return rest
 }
 
 func (a *app) imagePull() *cobra.Command {
@@ -63,7 +68,7 @@ func (a *app) imagePull() *cobra.Command {
 			return err
 		}
 		for _, ref := range args {
-			st, err := api.images.Pull(cmd.Context(), connect.NewRequest(&v1.PullImageRequest{Ref: ref, Platform: platform}))
+			st, err := api.images().Pull(cmd.Context(), connect.NewRequest(&v1.PullImageRequest{Ref: ref, Platform: platform}))
 			if err != nil {
 				return err
 			}
@@ -106,7 +111,7 @@ func (a *app) imageLoad(isImport bool) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		st := api.images.Load(cmd.Context())
+		st := api.images().Load(cmd.Context())
 		sent := make(chan error, 1)
 		go func() { sent <- sendChunks(st, o, in) }()
 		pr := newProgress(a.env.Stderr)
@@ -194,7 +199,7 @@ func (a *app) imageSave() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		st, err := api.images.Save(cmd.Context(), connect.NewRequest(&v1.SaveImageRequest{Refs: args, Format: archive}))
+		st, err := api.images().Save(cmd.Context(), connect.NewRequest(&v1.SaveImageRequest{Refs: args, Format: archive}))
 		if err != nil {
 			return err
 		}
@@ -226,7 +231,7 @@ func (a *app) imageRm() *cobra.Command {
 			return err
 		}
 		for _, ref := range args {
-			res, err := api.images.Remove(cmd.Context(), connect.NewRequest(&v1.RemoveImageRequest{Ref: ref, Force: force}))
+			res, err := api.images().Remove(cmd.Context(), connect.NewRequest(&v1.RemoveImageRequest{Ref: ref, Force: force}))
 			if err != nil {
 				return err
 			}
@@ -249,7 +254,7 @@ func (a *app) imageTag() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		_, err = api.images.Tag(cmd.Context(), connect.NewRequest(&v1.AgentTagImageRequest{Source: args[0], Target: args[1]}))
+		_, err = api.images().Tag(cmd.Context(), connect.NewRequest(&v1.AgentTagImageRequest{Source: args[0], Target: args[1]}))
 		return err
 	}}
 }
@@ -261,7 +266,7 @@ func (a *app) imagePrune() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.images.Prune(cmd.Context(), connect.NewRequest(&v1.AgentPruneImagesRequest{All: all}))
+		res, err := api.images().Prune(cmd.Context(), connect.NewRequest(&v1.AgentPruneImagesRequest{All: all}))
 		if err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ func (a *app) machine() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.machines.List(cmd.Context(), connect.NewRequest(&v1.ListMachinesRequest{Project: a.project}))
+		res, err := api.machines().List(cmd.Context(), connect.NewRequest(&v1.ListMachinesRequest{Project: a.project}))
 		if err != nil {
 			return err
 		}
@@ -30,7 +30,7 @@ func (a *app) machine() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		cs, err := api.containers.List(cmd.Context(), connect.NewRequest(&v1.ListContainersRequest{All: true}))
+		cs, err := api.containers().List(cmd.Context(), connect.NewRequest(&v1.ListContainersRequest{All: true}))
 		if err != nil {
 			return err
 		}
@@ -68,19 +68,19 @@ func (a *app) machine() *cobra.Command {
 		return c
 	}
 	inspect := call("inspect", "Everything known of a machine", func(cmd *cobra.Command, api *client, r *v1.MachineRequest) (*v1.Machine, error) {
-		res, err := api.machines.Inspect(cmd.Context(), connect.NewRequest(r))
+		res, err := api.machines().Inspect(cmd.Context(), connect.NewRequest(r))
 		return msgOf(res), err
 	})
 	start := call("start", "Start a stopped machine", func(cmd *cobra.Command, api *client, r *v1.MachineRequest) (*v1.Machine, error) {
-		res, err := api.machines.Start(cmd.Context(), connect.NewRequest(r))
+		res, err := api.machines().Start(cmd.Context(), connect.NewRequest(r))
 		return msgOf(res), err
 	})
 	stop := call("stop", "Stop a machine and keep it", func(cmd *cobra.Command, api *client, r *v1.MachineRequest) (*v1.Machine, error) {
-		res, err := api.machines.Stop(cmd.Context(), connect.NewRequest(r))
+		res, err := api.machines().Stop(cmd.Context(), connect.NewRequest(r))
 		return msgOf(res), err
 	})
 	rm := call("rm", "Remove a machine", func(cmd *cobra.Command, api *client, r *v1.MachineRequest) (*v1.Machine, error) {
-		_, err := api.machines.Remove(cmd.Context(), connect.NewRequest(r))
+		_, err := api.machines().Remove(cmd.Context(), connect.NewRequest(r))
 		return &v1.Machine{Meta: &v1.Meta{Name: r.Machine}}, err
 	})
 	return parent("machine", "Virtual machines", ls, inspect, a.machineCreate(), start, stop, rm, a.machineResize(), a.machineConsole())
@@ -142,7 +142,7 @@ func (a *app) machineCreate() *cobra.Command {
 		if req.Isolation, _, err = parseWhere(isolation, "latency"); err != nil {
 			return err
 		}
-		res, err := api.machines.Create(cmd.Context(), connect.NewRequest(req))
+		res, err := api.machines().Create(cmd.Context(), connect.NewRequest(req))
 		if err != nil {
 			return err
 		}
@@ -177,7 +177,7 @@ func (a *app) machineResize() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.machines.Resize(cmd.Context(), connect.NewRequest(&v1.ResizeMachineRequest{Machine: args[0], Size: size, Wait: true}))
+		res, err := api.machines().Resize(cmd.Context(), connect.NewRequest(&v1.ResizeMachineRequest{Machine: args[0], Size: size, Wait: true}))
 		if err != nil {
 			return err
 		}
@@ -198,7 +198,7 @@ func (a *app) machineConsole() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		st := api.machines.Console(cmd.Context())
+		st := api.machines().Console(cmd.Context())
 		if err := st.Send(&v1.StreamInput{Kind: &v1.StreamInput_Console{Console: &v1.ConsoleSpec{MachineId: args[0]}}}); err != nil {
 			if _, rerr := st.Receive(); rerr != nil {
 				return rerr

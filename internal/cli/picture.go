@@ -21,15 +21,15 @@ func (a *app) picture() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			hs, err := api.system.Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
+			hs, err := api.system().Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
 			if err != nil {
 				return err
 			}
-			ms, err := api.machines.List(cmd.Context(), connect.NewRequest(&v1.ListMachinesRequest{}))
+			ms, err := api.machines().List(cmd.Context(), connect.NewRequest(&v1.ListMachinesRequest{}))
 			if err != nil {
 				return err
 			}
-			cs, err := api.containers.List(cmd.Context(), connect.NewRequest(&v1.ListContainersRequest{All: true}))
+			cs, err := api.containers().List(cmd.Context(), connect.NewRequest(&v1.ListContainersRequest{All: true}))
 			if err != nil {
 				return err
 			}

@@ -133,7 +133,7 @@ func (a *app) ask(ctx context.Context, q *v1.AskRequest, m *moveFlags) error {
 		return usageError("--revision goes without --plan: it carries out a plan that was printed before")
 	}
 	if m.plan {
-		res, err := api.system.Ask(ctx, connect.NewRequest(q))
+		res, err := api.system().Ask(ctx, connect.NewRequest(q))
 		if err != nil {
 			return err
 		}
@@ -147,13 +147,13 @@ func (a *app) ask(ctx context.Context, q *v1.AskRequest, m *moveFlags) error {
 	}
 	revision := m.revision
 	if revision == 0 {
-		res, err := api.system.Ask(ctx, connect.NewRequest(q))
+		res, err := api.system().Ask(ctx, connect.NewRequest(q))
 		if err != nil {
 			return err
 		}
 		revision = res.Msg.GetPlan().GetRevision()
 	}
-	res, err := api.system.CarryOut(ctx, connect.NewRequest(&v1.CarryOutRequest{Question: q, Revision: revision}))
+	res, err := api.system().CarryOut(ctx, connect.NewRequest(&v1.CarryOutRequest{Question: q, Revision: revision}))
 	if err != nil {
 		return err
 	}
@@ -211,7 +211,7 @@ func (a *app) rehearse() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.system.Ask(cmd.Context(), connect.NewRequest(q))
+		res, err := api.system().Ask(cmd.Context(), connect.NewRequest(q))
 		if err != nil {
 			return err
 		}
@@ -298,7 +298,7 @@ nobody makes: hosts added or removed, services with more or fewer containers.`,
 			if err != nil {
 				return err
 			}
-			res, err := api.system.Ask(cmd.Context(), connect.NewRequest(&v1.AskRequest{Question: &v1.AskRequest_WhatIf{WhatIf: q}}))
+			res, err := api.system().Ask(cmd.Context(), connect.NewRequest(&v1.AskRequest{Question: &v1.AskRequest_WhatIf{WhatIf: q}}))
 			if err != nil {
 				return err
 			}
@@ -355,7 +355,7 @@ func (a *app) completeHosts(cmd *cobra.Command, given []string, word string) ([]
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	res, err := api.system.Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
+	res, err := api.system().Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
@@ -374,7 +374,7 @@ func (a *app) completeServices(cmd *cobra.Command, _ []string, word string) ([]s
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	res, err := api.projects.ListServices(cmd.Context(), connect.NewRequest(&v1.ListServicesRequest{Project: a.project}))
+	res, err := api.projects().ListServices(cmd.Context(), connect.NewRequest(&v1.ListServicesRequest{Project: a.project}))
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

@@ -40,7 +40,7 @@ makes the services what the file says.`,
 			if project == "" && (apply || len(args) > 0) {
 				return usageError("no Compose file here: name the project with -p, or the file with -f")
 			}
-			res, err := api.system.Recommend(cmd.Context(), connect.NewRequest(&v1.RecommendRequest{Project: project, Services: args, Apply: apply}))
+			res, err := api.system().Recommend(cmd.Context(), connect.NewRequest(&v1.RecommendRequest{Project: project, Services: args, Apply: apply}))
 			if err != nil {
 				return err
 			}
@@ -109,7 +109,7 @@ func (a *app) completeServiceNames(cmd *cobra.Command, _ []string, word string) 
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	res, err := api.projects.ListServices(cmd.Context(), connect.NewRequest(&v1.ListServicesRequest{Project: project}))
+	res, err := api.projects().ListServices(cmd.Context(), connect.NewRequest(&v1.ListServicesRequest{Project: project}))
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

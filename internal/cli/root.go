@@ -88,7 +88,44 @@ const (
 )
 
 // New returns the command tree.
-func New(env Env) *cobra.Command {
+func New(env Env) *cobra.Command { return commands(env, "") }
+
+// entry is one command of the tree.
+type entry struct {
+	name, group string
+	parts       bool // it has commands below it
+	make        func(*app) *cobra.Command
+}
+
+var entries = []entry{
+	{"up", groupRun, false, (*app).up}, {"down", groupRun, false, (*app).down}, {"run", groupRun, false, (*app).run},
+	{"exec", groupRun, false, (*app).exec}, {"start", groupRun, false, (*app).start}, {"stop", groupRun, false, (*app).stop},
+	{"restart", groupRun, false, (*app).restart}, {"kill", groupRun, false, (*app).kill}, {"rm", groupRun, false, (*app).rm},
+	{"scale", groupRun, false, (*app).scale}, {"attach", groupRun, false, (*app).attach}, {"pause", groupRun, false, (*app).pause},
+	{"unpause", groupRun, false, (*app).unpause}, {"update", groupRun, false, (*app).update}, {"wait", groupRun, false, (*app).wait},
+	{"ps", groupLook, false, (*app).ps}, {"logs", groupLook, false, (*app).logs}, {"stats", groupLook, false, (*app).stats},
+	{"top", groupLook, false, (*app).top}, {"events", groupLook, false, (*app).events}, {"inspect", groupLook, false, (*app).inspect},
+	{"picture", groupLook, false, (*app).picture},
+	{"plan", groupDecide, false, (*app).plan}, {"explain", groupDecide, false, (*app).explain}, {"rebalance", groupDecide, false, (*app).rebalance},
+	{"consolidate", groupDecide, false, (*app).consolidate}, {"rehearse", groupDecide, true, (*app).rehearse},
+	{"what-if", groupDecide, false, (*app).whatIf}, {"recommend", groupDecide, false, (*app).recommend}, {"simulate", groupDecide, true, (*app).simulate},
+	{"machine", groupParts, true, (*app).machine}, {"image", groupParts, true, (*app).image}, {"volume", groupParts, true, (*app).volume},
+	{"host", groupParts, true, (*app).hostCmd},
+	{"doctor", groupSystem, false, (*app).doctor}, {"version", groupSystem, false, (*app).version}, {"state", groupSystem, true, (*app).state},
+}
+
+// first is the command that args begin with: "" when that is not plain to see.
+func first(args []string) (only string, parts bool) {
+	for _, e := range entries {
+		if len(args) > 0 && args[0] == e.name {
+			return e.name, e.parts
+		}
+	}
+	return "", false
+}
+
+// commands makes the whole tree, or, to start faster, one of its commands.
+func commands(env Env, only string) *cobra.Command {
 	if env.Getenv == nil {
 		env.Getenv = os.Getenv
 	}
@@ -118,7 +155,7 @@ and says why.
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		CompletionOptions: cobra.CompletionOptions{
-			HiddenDefaultCmd: false,
+			DisableDefaultCmd: only != "",
 		},
 	}
 	root.SetIn(env.Stdin)
@@ -157,17 +194,13 @@ and says why.
 		}
 		return nil
 	}
-	add := func(group string, cmds ...*cobra.Command) {
-		for _, c := range cmds {
-			c.GroupID = group
+	for _, e := range entries {
+		if only == "" || only == e.name {
+			c := e.make(a)
+			c.GroupID = e.group
 			root.AddCommand(c)
 		}
 	}
-	add(groupRun, a.up(), a.down(), a.run(), a.exec(), a.start(), a.stop(), a.restart(), a.kill(), a.rm(), a.scale(), a.attach(), a.pause(), a.unpause(), a.update(), a.wait())
-	add(groupLook, a.ps(), a.logs(), a.stats(), a.top(), a.events(), a.inspect(), a.picture())
-	add(groupDecide, a.plan(), a.explain(), a.rebalance(), a.consolidate(), a.rehearse(), a.whatIf(), a.recommend(), a.simulate())
-	add(groupParts, a.machine(), a.image(), a.volume(), a.hostCmd())
-	add(groupSystem, a.doctor(), a.version(), a.state())
 	for _, c := range root.Commands() {
 		if c.HasSubCommands() {
 			continue
@@ -179,6 +212,9 @@ and says why.
 			return s
 		}
 		compose(c.Flags(), short("f"), short("p"))
+	}
+	if only != "" {
+		return root
 	}
 	for _, c := range env.Extra {
 		if c.GroupID == "" && !c.Hidden {
@@ -193,13 +229,17 @@ and says why.
 // without Extra, State, Compose and Doctor: help, completion and what is not known
 // here are for the program that has them.
 func Alone(env Env, args []string) bool {
+	if only, parts := first(args); only != "" && !parts {
+		return true
+	}
 	c, _, err := New(env).Find(args)
 	return err == nil && c.HasParent() && !c.HasSubCommands()
 }
 
 // Run executes the command and returns its exit code.
 func Run(ctx context.Context, env Env, args []string) int {
-	root := New(env)
+	only, _ := first(args)
+	root := commands(env, only)
 	root.SetArgs(args)
 	return exitCode(ctx, env, root.ExecuteContext(ctx))
 }

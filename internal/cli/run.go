@@ -85,13 +85,13 @@ func (a *app) runContainer(ctx context.Context, r *runFlags, spec *v1.ContainerS
 	if err != nil {
 		return err
 	}
-	res, err := api.containers.Create(ctx, connect.NewRequest(&v1.CreateContainerRequest{Project: a.project, Name: r.name, Spec: spec, Start: true}))
+	res, err := api.containers().Create(ctx, connect.NewRequest(&v1.CreateContainerRequest{Project: a.project, Name: r.name, Spec: spec, Start: true}))
 	if err != nil {
 		return err
 	}
 	c := res.Msg
 	if r.detach {
-		if _, err := api.containers.Wait(ctx, connect.NewRequest(&v1.WaitContainerRequest{Container: c.GetMeta().GetId(), Project: c.GetMeta().GetProject(), Condition: "started"})); err != nil && !(spec.GetAutoRemove() && errdefs.IsNotFound(err)) {
+		if _, err := api.containers().Wait(ctx, connect.NewRequest(&v1.WaitContainerRequest{Container: c.GetMeta().GetId(), Project: c.GetMeta().GetProject(), Condition: "started"})); err != nil && !(spec.GetAutoRemove() && errdefs.IsNotFound(err)) {
 			return err
 		}
 		if a.format == "json" {
@@ -101,7 +101,7 @@ func (a *app) runContainer(ctx context.Context, r *runFlags, spec *v1.ContainerS
 		return nil
 	}
 	id := c.GetMeta().GetId()
-	st := api.containers.Attach(ctx)
+	st := api.containers().Attach(ctx)
 	if err := st.Send(&v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: &v1.AttachSpec{ContainerId: id, Stdin: r.interactive, Logs: true}}}); err != nil {
 		if _, rerr := st.Receive(); rerr != nil {
 			return rerr
@@ -129,7 +129,7 @@ func (a *app) update() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			cur, err := api.containers.Inspect(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: args[0], Project: a.project}))
+			cur, err := api.containers().Inspect(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: args[0], Project: a.project}))
 			if err != nil {
 				return err
 			}
@@ -160,7 +160,7 @@ func (a *app) update() *cobra.Command {
 					return err
 				}
 			}
-			res, err := api.containers.Update(cmd.Context(), connect.NewRequest(req))
+			res, err := api.containers().Update(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}

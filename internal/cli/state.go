@@ -21,7 +21,7 @@ func (a *app) state() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.state.List(cmd.Context(), connect.NewRequest(&v1.ListStateRequest{}))
+		res, err := api.state().List(cmd.Context(), connect.NewRequest(&v1.ListStateRequest{}))
 		if err != nil {
 			return err
 		}
@@ -61,7 +61,7 @@ host; of a volume nothing knows any more, its data stays where it is.
 			if err != nil {
 				return err
 			}
-			if _, err := api.state.Purge(cmd.Context(), connect.NewRequest(req)); err != nil {
+			if _, err := api.state().Purge(cmd.Context(), connect.NewRequest(req)); err != nil {
 				return err
 			}
 			fmt.Fprintln(a.env.Stdout, args[1])
@@ -99,7 +99,7 @@ func recordName(project, name string) string {
 // backupTo writes a backup into a file that only its owner may read: whole, or not
 // at all.
 func backupTo(ctx context.Context, api *client, file string) (n int64, err error) {
-	st, err := api.state.Backup(ctx, connect.NewRequest(&v1.BackupStateRequest{}))
+	st, err := api.state().Backup(ctx, connect.NewRequest(&v1.BackupStateRequest{}))
 	if err != nil {
 		return 0, err
 	}

@@ -163,7 +163,7 @@ func (a *app) findOne(ctx context.Context, word string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	res, err := api.containers.List(ctx, connect.NewRequest(&v1.ListContainersRequest{Project: project, All: true, Services: []string{word}}))
+	res, err := api.containers().List(ctx, connect.NewRequest(&v1.ListContainersRequest{Project: project, All: true, Services: []string{word}}))
 	if err != nil {
 		return "", err
 	}
@@ -201,7 +201,7 @@ func (a *app) exec() *cobra.Command {
 			if t {
 				spec.Window = windowOf(a.env.Stdin)
 			}
-			st := api.containers.Exec(cmd.Context())
+			st := api.containers().Exec(cmd.Context())
 			if err := st.Send(&v1.StreamInput{Kind: &v1.StreamInput_Exec{Exec: spec}}); err != nil {
 				if _, rerr := st.Receive(); rerr != nil {
 					return rerr
@@ -253,12 +253,12 @@ func (a *app) attachTo(ctx context.Context, name string, stdin, logs bool) (int,
 	if err != nil {
 		return 1, err
 	}
-	res, err := api.containers.Inspect(ctx, connect.NewRequest(&v1.ContainerRequest{Container: name, Project: a.project}))
+	res, err := api.containers().Inspect(ctx, connect.NewRequest(&v1.ContainerRequest{Container: name, Project: a.project}))
 	if err != nil {
 		return 1, err
 	}
 	c := res.Msg
-	st := api.containers.Attach(ctx)
+	st := api.containers().Attach(ctx)
 	if err := st.Send(&v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: &v1.AttachSpec{ContainerId: c.GetMeta().GetId(), Stdin: stdin && c.GetSpec().GetStdinOpen(), Logs: logs}}}); err != nil {
 		if _, rerr := st.Receive(); rerr != nil {
 			return 1, rerr
@@ -290,7 +290,7 @@ func (a *app) logs() *cobra.Command {
 			if o.Until, err = parseWhen(until); err != nil {
 				return err
 			}
-			st, err := api.containers.Logs(cmd.Context(), connect.NewRequest(&v1.LogsRequest{Selector: sel, Options: o}))
+			st, err := api.containers().Logs(cmd.Context(), connect.NewRequest(&v1.LogsRequest{Selector: sel, Options: o}))
 			if err != nil {
 				return err
 			}

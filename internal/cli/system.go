@@ -35,7 +35,7 @@ func (a *app) plan() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.system.Plan(cmd.Context(), connect.NewRequest(&v1.PlanRequest{Project: a.project}))
+			res, err := api.system().Plan(cmd.Context(), connect.NewRequest(&v1.PlanRequest{Project: a.project}))
 			if err != nil {
 				return err
 			}
@@ -62,7 +62,7 @@ func (a *app) explain() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.system.Explain(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: id, Project: a.project}))
+			res, err := api.system().Explain(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: id, Project: a.project}))
 			if err != nil {
 				return err
 			}
@@ -113,7 +113,7 @@ func (a *app) doctor() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.system.Doctor(cmd.Context(), connect.NewRequest(&v1.DoctorRequest{}))
+			res, err := api.system().Doctor(cmd.Context(), connect.NewRequest(&v1.DoctorRequest{}))
 			if errdefs.IsUnavailable(err) && a.env.Doctor == nil && a.env.Whole != nil {
 				return a.env.Whole()
 			}
@@ -168,7 +168,7 @@ func (a *app) version() *cobra.Command {
 			api, err := a.api()
 			if err == nil {
 				var res *connect.Response[v1.VersionResponse]
-				if res, err = api.system.Version(cmd.Context(), connect.NewRequest(&v1.VersionRequest{})); err == nil {
+				if res, err = api.system().Version(cmd.Context(), connect.NewRequest(&v1.VersionRequest{})); err == nil {
 					server = res.Msg
 				}
 			}
@@ -211,7 +211,7 @@ func (a *app) events() *cobra.Command {
 			if req.Until, err = parseWhen(until); err != nil {
 				return err
 			}
-			st, err := api.system.Events(cmd.Context(), connect.NewRequest(req))
+			st, err := api.system().Events(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}
@@ -260,7 +260,7 @@ func (a *app) stats() *cobra.Command {
 					return err
 				}
 			}
-			st, err := api.containers.Stats(cmd.Context(), connect.NewRequest(&v1.StatsRequest{Selector: sel, Stream: !noStream, Machines: machines}))
+			st, err := api.containers().Stats(cmd.Context(), connect.NewRequest(&v1.StatsRequest{Selector: sel, Stream: !noStream, Machines: machines}))
 			if err != nil {
 				return err
 			}
@@ -302,7 +302,7 @@ func (a *app) top() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := api.containers.Top(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: id, Project: a.project}))
+			res, err := api.containers().Top(cmd.Context(), connect.NewRequest(&v1.ContainerRequest{Container: id, Project: a.project}))
 			if err != nil {
 				return err
 			}

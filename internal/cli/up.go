@@ -158,7 +158,7 @@ func (a *app) apply(ctx context.Context, req *v1.ApplyProjectRequest, detailed b
 	if err != nil {
 		return err
 	}
-	st, err := api.projects.Apply(ctx, connect.NewRequest(req))
+	st, err := api.projects().Apply(ctx, connect.NewRequest(req))
 	if err != nil {
 		return err
 	}
@@ -271,7 +271,7 @@ the project's networks. Of a project that is not there, nothing is left to do.`,
 				}
 				req.Timeout = durationpb.New(time.Duration(timeout) * time.Second)
 			}
-			st, err := api.projects.Remove(cmd.Context(), connect.NewRequest(req))
+			st, err := api.projects().Remove(cmd.Context(), connect.NewRequest(req))
 			if err == nil {
 				err = a.follow(st)
 			}
@@ -317,7 +317,7 @@ func (a *app) scale() *cobra.Command {
 				}
 				req.Replicas[svc] = int32(count)
 			}
-			st, err := api.projects.Scale(cmd.Context(), connect.NewRequest(req))
+			st, err := api.projects().Scale(cmd.Context(), connect.NewRequest(req))
 			if err != nil {
 				return err
 			}

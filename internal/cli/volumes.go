@@ -16,7 +16,7 @@ func (a *app) volume() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.volumes.List(cmd.Context(), connect.NewRequest(&v1.ListVolumesRequest{Project: a.project}))
+		res, err := api.volumes().List(cmd.Context(), connect.NewRequest(&v1.ListVolumesRequest{Project: a.project}))
 		if err != nil {
 			return err
 		}
@@ -49,7 +49,7 @@ func (a *app) volume() *cobra.Command {
 				return usageError("--size: %v", err)
 			}
 		}
-		res, err := api.volumes.Create(cmd.Context(), connect.NewRequest(req))
+		res, err := api.volumes().Create(cmd.Context(), connect.NewRequest(req))
 		if err != nil {
 			return err
 		}
@@ -62,7 +62,7 @@ func (a *app) volume() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.volumes.Inspect(cmd.Context(), connect.NewRequest(&v1.VolumeName{Project: project, Name: args[0]}))
+		res, err := api.volumes().Inspect(cmd.Context(), connect.NewRequest(&v1.VolumeName{Project: project, Name: args[0]}))
 		if err != nil {
 			return err
 		}
@@ -74,7 +74,7 @@ func (a *app) volume() *cobra.Command {
 			return err
 		}
 		for _, n := range args {
-			if _, err := api.volumes.Remove(cmd.Context(), connect.NewRequest(&v1.RemoveVolumeRequest{Volume: &v1.VolumeName{Project: project, Name: n}})); err != nil {
+			if _, err := api.volumes().Remove(cmd.Context(), connect.NewRequest(&v1.RemoveVolumeRequest{Volume: &v1.VolumeName{Project: project, Name: n}})); err != nil {
 				return err
 			}
 			fmt.Fprintln(a.env.Stdout, n)
@@ -93,7 +93,7 @@ func (a *app) hostCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.system.Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
+		res, err := api.system().Hosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{}))
 		if err != nil {
 			return err
 		}
