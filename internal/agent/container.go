@@ -48,6 +48,7 @@ type container struct {
 	startedIn *session // where Start was called by this process
 	unsure    bool     // Start was called, and nothing has told since whether it runs
 	prep      *prepared
+	leasing   func() error // answers when its lease of the image is on the disk; nil: none is under way
 	retry     backoff
 	retryAt   time.Time
 	retryIn   *session // a new session makes trying again worth while

@@ -24,6 +24,7 @@ type prepared struct {
 func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignment, live string) error {
 	c.phase = v1.ContainerState_CONTAINER_STATE_CREATING
 	r := c.rec
+	defer c.leased()
 	if err := c.prepare(soft, want); err != nil {
 		return err
 	}
@@ -54,6 +55,9 @@ func (c *container) bring(ctx, soft context.Context, want *v1.ContainerAssignmen
 		if err := c.create(call, want, o.sess, live); err != nil {
 			return err
 		}
+	}
+	if err := c.leased(); err != nil { // before it may run
+		return fmt.Errorf("image %s: %w", want.Spec.Image, err)
 	}
 	if r.Machine == "" {
 		if err := c.a.net.ready(call); err != nil {
@@ -86,7 +90,7 @@ func (c *container) prepare(ctx context.Context, want *v1.ContainerAssignment) e
 	if err != nil {
 		return err
 	}
-	if err := c.a.o.Images.Lease(ctx, c.id, img.Id); err != nil {
+	if err := c.lease(ctx, img.Id); err != nil {
 		return fmt.Errorf("image %s: %w", want.Spec.Image, err)
 	}
 	layers, err := c.a.o.Images.Layers(ctx, img.Id, c.progress)
@@ -150,6 +154,29 @@ func (c *container) prepare(ctx context.Context, want *v1.ContainerAssignment) e
 	}
 	c.prep = &prepared{fixed: r.Fixed, spec: spec}
 	return nil
+}
+
+// lease keeps the image for the container. Nothing has to wait until that is on the
+// disk but the start: see leased.
+func (c *container) lease(ctx context.Context, image string) (err error) {
+	if err := c.leased(); err != nil { // an earlier one, of a step that was given up
+		return err
+	}
+	c.leasing, err = c.a.o.Images.LeaseSoon(ctx, c.id, image)
+	return err
+}
+
+// leased returns when the lease that was begun, if any, is on the disk.
+func (c *container) leased() error {
+	if c.leasing == nil {
+		return nil
+	}
+	err := c.leasing()
+	c.leasing = nil
+	if err != nil {
+		c.prep = nil // from the beginning, with the image as it is then
+	}
+	return err
 }
 
 // image finds the container's image, by the pull policy when it is new.

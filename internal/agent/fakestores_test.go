@@ -74,6 +74,11 @@ func (f *fakeImages) Lease(ctx context.Context, holder, id string) error {
 	return nil
 }
 
+func (f *fakeImages) LeaseSoon(ctx context.Context, holder, id string) (func() error, error) {
+	err := f.Lease(ctx, holder, id)
+	return func() error { return nil }, err
+}
+
 func (f *fakeImages) Release(ctx context.Context, holder string) error {
 	if gerr := f.w.gate(ctx); gerr != nil {
 		return gerr

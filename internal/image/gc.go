@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sort"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
@@ -16,14 +17,51 @@ import (
 // Lease keeps an image and its layers for holder until Release. A holder may
 // lease several images; leasing one twice is the same as once.
 func (s *LocalStore) Lease(ctx context.Context, holder, id string) error {
-	done, err := s.begin(ctx)
+	kept, err := s.LeaseSoon(ctx, holder, id)
 	if err != nil {
 		return err
 	}
-	defer done()
-	if holder == "" || len(holder) > 256 {
-		return fmt.Errorf("lease: a holder's name has 1 to 256 bytes: %w", errdefs.ErrInvalidArgument)
+	return kept()
+}
+
+// soonLease is a lease that is on its way to the disk.
+type soonLease struct{ holder, id string }
+
+// LeaseSoon implements Store.
+func (s *LocalStore) LeaseSoon(ctx context.Context, holder, id string) (kept func() error, err error) {
+	done, err := s.begin(ctx)
+	if err != nil {
+		return nil, err
 	}
+	if holder == "" || len(holder) > 256 {
+		done()
+		return nil, fmt.Errorf("lease: a holder's name has 1 to 256 bytes: %w", errdefs.ErrInvalidArgument)
+	}
+	l := &soonLease{holder: holder}
+	err = s.db.View(func(tx *bolt.Tx) (err error) {
+		l.id, err = resolve(tx, id)
+		return err
+	})
+	if err != nil {
+		done()
+		return nil, err
+	}
+	s.soonMu.Lock()
+	s.soon[l] = true
+	s.soonMu.Unlock()
+	res := make(chan error, 1)
+	go func() {
+		defer done()
+		err := s.writeLease(l.holder, l.id)
+		s.soonMu.Lock()
+		delete(s.soon, l)
+		s.soonMu.Unlock()
+		res <- err
+	}()
+	return sync.OnceValue(func() error { return <-res }), nil
+}
+
+func (s *LocalStore) writeLease(holder, id string) error {
 	return s.diskError(s.db.Update(func(tx *bolt.Tx) error {
 		full, err := resolve(tx, id)
 		if err != nil {
@@ -78,7 +116,7 @@ func (s *LocalStore) Prune(ctx context.Context, all bool) (deleted []string, rec
 	}
 	defer done()
 	layers, reclaimed, err := s.collect(func(tx *bolt.Tx) error {
-		names, leased, err := usage(tx)
+		names, leased, err := s.usage(tx)
 		if err != nil {
 			return err
 		}

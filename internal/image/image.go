@@ -69,6 +69,9 @@ type Store interface {
 	// Lease keeps an image and its layers for a holder (a container's or
 	// machine's id) until released; leases survive restarts.
 	Lease(ctx context.Context, holder, id string) error
+	// LeaseSoon is Lease that does not wait for the disk: the lease holds as long as
+	// this process lives, and when kept has returned without an error also after it.
+	LeaseSoon(ctx context.Context, holder, id string) (kept func() error, err error)
 	Release(ctx context.Context, holder string) error
 	Leases(ctx context.Context) (map[string][]string, error)
 	// Prune removes images without a name (all: without a lease too), unused

@@ -297,7 +297,7 @@ func (s *LocalStore) Layers(ctx context.Context, id string, p ProgressFunc) ([]L
 		if err != nil {
 			return err
 		}
-		leased, err := leasedIDs(tx)
+		leased, err := s.leasedIDs(tx)
 		if err != nil {
 			return err
 		}

@@ -93,8 +93,9 @@ func eachRecord[T any](tx *bolt.Tx, bucket []byte, visit func(key string, v T) e
 	})
 }
 
-// leasedIDs returns the ids that some lease holds, with one of the holders.
-func leasedIDs(tx *bolt.Tx) (map[string]string, error) {
+// leasedIDs returns the ids that some lease holds, with one of the holders; also
+// leases that are on their way to the disk.
+func (s *LocalStore) leasedIDs(tx *bolt.Tx) (map[string]string, error) {
 	out := map[string]string{}
 	err := eachRecord(tx, bucketLeases, func(holder string, l leaseRecord) error {
 		for _, id := range l.IDs {
@@ -102,6 +103,11 @@ func leasedIDs(tx *bolt.Tx) (map[string]string, error) {
 		}
 		return nil
 	})
+	s.soonMu.Lock()
+	defer s.soonMu.Unlock()
+	for l := range s.soon {
+		out[l.id] = l.holder
+	}
 	return out, err
 }
 

@@ -40,7 +40,7 @@ func (s *LocalStore) List(ctx context.Context) ([]*v1.Image, error) {
 	defer done()
 	var out []*v1.Image
 	err = s.db.View(func(tx *bolt.Tx) error {
-		names, leased, err := usage(tx)
+		names, leased, err := s.usage(tx)
 		if err != nil {
 			return err
 		}
@@ -56,9 +56,9 @@ func (s *LocalStore) List(ctx context.Context) ([]*v1.Image, error) {
 	return out, err
 }
 
-func usage(tx *bolt.Tx) (names map[string][]string, leased map[string]string, err error) {
+func (s *LocalStore) usage(tx *bolt.Tx) (names map[string][]string, leased map[string]string, err error) {
 	if names, err = namedIDs(tx); err == nil {
-		leased, err = leasedIDs(tx)
+		leased, err = s.leasedIDs(tx)
 	}
 	return names, leased, err
 }
@@ -72,7 +72,7 @@ func (s *LocalStore) view(tx *bolt.Tx, id string) (*v1.Image, error) {
 	if !found {
 		return nil, fmt.Errorf("image %s: %w", id, errdefs.ErrNotFound)
 	}
-	names, leased, err := usage(tx)
+	names, leased, err := s.usage(tx)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +143,7 @@ func (s *LocalStore) Remove(ctx context.Context, ref string, force bool) (untagg
 		if err != nil {
 			return err
 		}
-		names, leased, err := usage(tx)
+		names, leased, err := s.usage(tx)
 		if err != nil {
 			return err
 		}

@@ -41,6 +41,8 @@ type LocalStore struct {
 	// mu guards pins, and makes "is it needed?" and "delete it" one step.
 	mu     sync.Mutex
 	pins   map[string]int // diffIDs that work in progress needs
+	soonMu sync.Mutex
+	soon   map[*soonLease]bool
 	closed bool
 
 	layerWork flightGroup[struct{}]  // by diffID
@@ -60,7 +62,7 @@ func Open(dir string, o Options) (*LocalStore, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image store: %w", err)
 	}
-	s := &LocalStore{dir: dir, opts: o, pins: map[string]int{}, slots: make(chan struct{}, o.Parallel)}
+	s := &LocalStore{dir: dir, opts: o, pins: map[string]int{}, soon: map[*soonLease]bool{}, slots: make(chan struct{}, o.Parallel)}
 	for _, d := range []string{dir, s.path("blobs", "sha256"), s.path("layers", "sha256"), s.path("tmp")} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("image store %s: %w", dir, err)

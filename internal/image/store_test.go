@@ -179,3 +179,55 @@ func TestImport(t *testing.T) {
 		t.Errorf("config: %v", c)
 	}
 }
+
+// A lease that is on its way to the disk counts already.
+func TestLeaseSoon(t *testing.T) {
+	s := openStore(t, Options{})
+	ctx := context.Background()
+	f, err := os.Open(imagetest.BusyboxImage(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	images, err := s.Load(ctx, f, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img := images[0]
+	tx, err := s.db.Begin(true) // nobody else writes until it ends
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := s.LeaseSoon(ctx, "c1", img.Id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Layers(ctx, img.Id, nil); err != nil {
+		t.Errorf("layers: %v", err)
+	}
+	if got, err := s.Get(ctx, img.Id); err != nil || !got.InUse {
+		t.Errorf("not in use: %v, %v", got, err)
+	}
+	removed := make(chan error)
+	go func() {
+		_, _, err := s.Remove(ctx, "busybox:test", false)
+		removed <- err
+	}()
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-removed; !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "c1") {
+		t.Errorf("remove in use: %v", err)
+	}
+	for range 2 {
+		if err := kept(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if l, err := s.Leases(ctx); err != nil || len(l["c1"]) != 1 || len(s.soon) != 0 {
+		t.Errorf("leases: %v %v, %d on their way", l, err, len(s.soon))
+	}
+	if _, err := s.LeaseSoon(ctx, "c1", "nothing"); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Errorf("lease of no image: %v", err)
+	}
+}
