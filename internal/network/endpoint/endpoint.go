@@ -191,6 +191,32 @@ func (m *Manager) Setup(ctx context.Context, id string, n *v1.RuntimeNetwork) (s
 	return path, nil
 }
 
+// Prepare makes what takes longest of what Setup makes: the namespace, and the link,
+// which is down and has no address, so that nobody can use it and nothing leads to
+// it. Setup does the rest, or all of it; Teardown removes it.
+func (m *Manager) Prepare(ctx context.Context, id string, n *v1.RuntimeNetwork) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	w, err := parse(id, n)
+	if err != nil {
+		return err
+	}
+	defer m.lock(id)()
+	path := filepath.Join(m.dir, id)
+	if err := ensureNetns(path); err != nil {
+		return fmt.Errorf("network namespace of %s: %w", id, err)
+	}
+	if w.none {
+		return nil
+	}
+	err = m.withPair(id, path, w, func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil })
+	if err != nil {
+		return fmt.Errorf("network of %s: %w", id, err)
+	}
+	return nil
+}
+
 // Teardown removes a container's link and namespace. What is gone is no error.
 func (m *Manager) Teardown(ctx context.Context, id string) error {
 	if !validID.MatchString(id) {

@@ -15,6 +15,17 @@ import (
 // link makes the veth pair and everything on it what w says. Every step is
 // idempotent; a pair of which one end is missing or wrong is made anew.
 func (m *Manager) link(id, path string, w wanted) error {
+	return m.withPair(id, path, w, func(in *netlink.Handle, host, eth netlink.Link) error {
+		if err := container(in, eth, w); err != nil {
+			return err
+		}
+		return m.apart.around(id, w, func() error { return m.kernel(host, w) })
+	})
+}
+
+// withPair makes the veth pair, if need be, and calls fn with both ends and a socket
+// in the container's namespace.
+func (m *Manager) withPair(id, path string, w wanted, fn func(in *netlink.Handle, host, eth netlink.Link) error) error {
 	ns, err := os.Open(path)
 	if err != nil {
 		return err
@@ -25,15 +36,11 @@ func (m *Manager) link(id, path string, w wanted) error {
 		return fmt.Errorf("netlink in its namespace: %w", err)
 	}
 	defer in.Close()
-
 	host, eth, err := m.pair(id, ns, in, w)
 	if err != nil {
 		return err
 	}
-	if err := container(in, eth, w); err != nil {
-		return err
-	}
-	return m.apart.around(id, w, func() error { return m.kernel(host, w) })
+	return fn(in, host, eth)
 }
 
 // handleIn opens a netlink socket inside a namespace.

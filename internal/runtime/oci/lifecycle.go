@@ -55,6 +55,7 @@ func (r *Runtime) Create(ctx context.Context, spec *v1.RuntimeSpec) error {
 		return nil
 	}
 	r.mu.Unlock()
+	c.linked()
 	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if werr := r.wipe(wctx, s.Id); werr != nil {
@@ -70,6 +71,7 @@ func (r *Runtime) create(ctx context.Context, c *container, s *v1.RuntimeSpec) e
 	if err := os.MkdirAll(filepath.Join(r.stateDir(s.Id), "log"), 0o711); err != nil {
 		return fmt.Errorf("container %s: %w", s.Id, err)
 	}
+	r.prepareLink(ctx, c, s)
 	if err := r.prepare(ctx, s, true); err != nil {
 		return err
 	}
@@ -185,6 +187,24 @@ func (r *Runtime) link(ctx context.Context, s *v1.RuntimeSpec) (string, error) {
 		return "", fmt.Errorf("network of container %s: %w", s.Id, err)
 	}
 	return p, nil
+}
+
+// prepareLink begins to make the container's network, beside what its creation does
+// else. Who changes the container next waits for it (see lock); the start does what is
+// missing then, and says what is wrong.
+func (r *Runtime) prepareLink(ctx context.Context, c *container, s *v1.RuntimeSpec) {
+	if m := s.GetNetwork().GetMode(); r.o.Endpoint == nil || m == "none" || m == "host" {
+		return
+	}
+	done := make(chan struct{})
+	c.linking = done
+	ctx = context.WithoutCancel(ctx) // it is short, and goes on when Create is done
+	go func() {
+		defer close(done)
+		if err := r.o.Endpoint.Prepare(ctx, s.Id, s.Network); err != nil {
+			r.log.Debug("the network is left to the start", "container", s.Id, "error", err)
+		}
+	}()
 }
 
 func (r *Runtime) logPath(id string) string {

@@ -33,8 +33,11 @@ import (
 )
 
 // Endpoint gives a container its link; implemented by internal/network/endpoint.
-// Both calls are idempotent.
+// All calls are idempotent.
 type Endpoint interface {
+	// Prepare makes what Setup would make that gives no access to anything yet, so
+	// that Setup is quicker. It may be left out.
+	Prepare(ctx context.Context, id string, n *v1.RuntimeNetwork) error
 	// Setup makes the network namespace with its link, address and routes and
 	// returns the namespace's path.
 	Setup(ctx context.Context, id string, n *v1.RuntimeNetwork) (netns string, err error)

@@ -42,7 +42,9 @@ type record struct {
 
 type container struct {
 	id string
-	op sync.Mutex // one change at a time
+	op sync.Mutex // one change at a time; see lock
+
+	linking <-chan struct{} // closed when its network is prepared; guarded by op
 
 	// Guarded by Runtime.mu.
 	spec    *v1.RuntimeSpec // without secrets' content
@@ -129,13 +131,28 @@ func (r *Runtime) getLocked(id string) (*container, error) {
 	return c, nil
 }
 
+// lock takes the op lock, and waits for what Create has left to be done.
+func (c *container) lock() {
+	c.op.Lock()
+	c.linked()
+}
+
+// linked returns when nobody prepares the container's network any more; the caller
+// has the op lock.
+func (c *container) linked() {
+	if c.linking != nil {
+		<-c.linking
+		c.linking = nil
+	}
+}
+
 // hold finds a container and takes its op lock.
 func (r *Runtime) hold(id string) (*container, error) {
 	c, err := r.get(id)
 	if err != nil {
 		return nil, err
 	}
-	c.op.Lock()
+	c.lock()
 	r.mu.Lock()
 	gone := c.deleted
 	r.mu.Unlock()
@@ -277,7 +294,7 @@ func (r *Runtime) markEnded(c *container, st monitor.Status) {
 // unlink takes the network of a container that has ended; the next start makes
 // it anew. Nobody waits for it: a failure is mended by Delete.
 func (r *Runtime) unlink(c *container) {
-	c.op.Lock()
+	c.lock()
 	defer c.op.Unlock()
 	r.mu.Lock()
 	idle := !c.running() && !c.deleted
