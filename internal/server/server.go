@@ -70,6 +70,7 @@ type Server struct {
 
 	tunnels sync.WaitGroup
 	locks   keyLocks
+	endings endings
 }
 
 // SocketPath is where a server with this run directory listens.
@@ -226,7 +227,7 @@ func (s *Server) Handler() http.Handler {
 	mux.Handle(tandemv1connect.NewSystemServiceHandler(&system{s}, opts...))
 	mux.Handle(tandemv1connect.NewStateServiceHandler(&state{s}, opts...))
 	mux.HandleFunc(rpc.TunnelPath, s.tunnel)
-	return mux
+	return s.afterEndings(mux)
 }
 
 // tunnel takes in an agent.

@@ -311,6 +311,14 @@ func TestRunAttachRemove(t *testing.T) {
 	if out.String() != "early\nlate\n" || code != 7 {
 		t.Fatalf("%q, %d", out.String(), code)
 	}
+	// Who has the exit code and then asks, finds it.
+	if c, err := b.containers.Inspect(ctx, connect.NewRequest(&v1.ContainerRequest{Container: c.Msg.Meta.Id})); err == nil {
+		if st := c.Msg.GetStatus(); st.GetFinishedAt() == nil || st.GetExitCode() != 7 {
+			t.Errorf("after its exit code it is %v", st)
+		}
+	} else if !errdefs.IsNotFound(err) {
+		t.Error(err)
+	}
 	w, err := b.containers.Wait(ctx, connect.NewRequest(&v1.WaitContainerRequest{Container: c.Msg.Meta.Id, Condition: "removed"}))
 	if err != nil && !errdefs.IsNotFound(err) {
 		t.Fatal(err)

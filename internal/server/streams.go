@@ -79,7 +79,7 @@ func (s *Server) agentOf(ctx context.Context, c *v1.Container) (tandemv1connect.
 
 // proxy joins a client's stream with an agent's, until the agent's ends. first is
 // sent on as the first message; exit, if not nil, is called before an exit code is.
-func proxy(ctx context.Context, in *bidiIn, open func(context.Context) *bidiOut, first *v1.StreamInput, exit func(context.Context)) error {
+func proxy(ctx context.Context, in *bidiIn, open func(context.Context) *bidiOut, first *v1.StreamInput, exit func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	out := open(ctx)
@@ -101,48 +101,20 @@ func proxy(ctx context.Context, in *bidiIn, open func(context.Context) *bidiOut,
 		}
 	}()
 	defer out.CloseResponse()
-	return relay(out, exitLast{in, ctx, exit})
+	return relay(out, exitLast{in, exit})
 }
 
 // exitLast calls first before it sends an exit code.
 type exitLast struct {
 	*bidiIn
-	ctx   context.Context
-	first func(context.Context)
+	first func()
 }
 
 func (e exitLast) Send(m *v1.StreamOutput) error {
 	if _, ok := m.GetKind().(*v1.StreamOutput_ExitCode); ok && e.first != nil {
-		e.first(e.ctx)
+		e.first()
 	}
 	return e.bidiIn.Send(m)
-}
-
-// endPatience is how long an exit code waits for its record.
-const endPatience = time.Second
-
-// waitEnded returns when the record says that the container's run, of which c is an
-// earlier copy, has ended: who has its exit code and then asks, finds it so.
-func (s *Server) waitEnded(ctx context.Context, c *v1.Container) {
-	ctx, cancel := context.WithTimeout(ctx, endPatience)
-	defer cancel()
-	for {
-		_, changed := s.store.Changed()
-		n, err := store.ByID[*v1.Container](s.store, store.Containers, c.Meta.Id)
-		if err != nil {
-			return
-		}
-		if st := n.GetStatus(); st.GetFinishedAt() != nil || st.GetRestartCount() > c.GetStatus().GetRestartCount() {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-s.store.Failed():
-			return
-		case <-changed:
-		}
-	}
 }
 
 // relay hands messages on until there are no more.
@@ -227,7 +199,7 @@ func (k *containers) Attach(ctx context.Context, in *bidiIn) error {
 	spec.ContainerId = c.Meta.Id
 	spec.Logs = spec.Logs || waited
 	return proxy(ctx, in, func(ctx context.Context) *bidiOut { return agent.Attach(ctx) }, &v1.StreamInput{Kind: &v1.StreamInput_Attach{Attach: spec}},
-		func(ctx context.Context) { s.waitEnded(ctx, c) })
+		func() { s.ended(c) })
 }
 
 // waitCreated returns when the container's runtime has it; waited says that it was
