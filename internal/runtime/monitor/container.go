@@ -193,13 +193,15 @@ func awaitExec(p *process, runc string) {
 	noArgs := time.Duration(0)
 	for waited, wait := time.Duration(0), 500*time.Microsecond; waited < execWait && noArgs < noArgsWait; waited, wait = waited+wait, min(2*wait, 20*time.Millisecond) {
 		b, err := os.ReadFile(cmdline)
-		if err != nil || len(b) > 0 && !bytes.Equal(b, before) || p.ended() {
+		if err != nil || len(b) > 0 && !bytes.Equal(b, before) {
 			return
 		}
 		if len(b) == 0 {
 			noArgs += wait
 		}
-		time.Sleep(wait)
+		if p.endsWithin(wait) {
+			return
+		}
 	}
 }
 

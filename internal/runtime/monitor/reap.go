@@ -56,11 +56,18 @@ func processEnded(pidfd uintptr) bool {
 	return n > 0 || err != nil && err != unix.EINTR
 }
 
-// ended tells whether the process has ended.
-func (p *process) ended() (is bool) {
+// endsWithin tells whether the process has ended, as soon as it has and after d at
+// the latest. It blocks a thread: d is short.
+func (p *process) endsWithin(d time.Duration) (is bool) {
 	rc, err := p.f.SyscallConn()
 	if err == nil {
-		err = rc.Control(func(fd uintptr) { is = processEnded(fd) })
+		err = rc.Control(func(fd uintptr) {
+			limit := unix.NsecToTimespec(int64(d))
+			n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, &limit, nil)
+			if is = n > 0; err == unix.EINTR {
+				time.Sleep(d)
+			}
+		})
 	}
 	return is || err != nil
 }
