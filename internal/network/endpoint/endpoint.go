@@ -80,8 +80,8 @@ type Options struct {
 	// Separate keeps this kernel from passing packets from one network to another:
 	// for kernels on which nothing else does.
 	Separate bool
-	// Spare keeps one namespace and link ready after one was needed: for kernels with
-	// memory and time to spare.
+	// Spare keeps one namespace ready after one was needed: for kernels with memory
+	// and time to spare.
 	Spare bool
 }
 
@@ -116,7 +116,7 @@ func New(o Options) (*Manager, error) {
 	}
 	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl}
 	if o.Spare {
-		m.spare = &spares{m: m}
+		m.spare = &spares{}
 	}
 	if o.Separate {
 		m.apart = &borders{nl: nl, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}

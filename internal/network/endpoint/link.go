@@ -79,7 +79,16 @@ func (m *Manager) pair(id string, ns *os.File, in *netlink.Handle, w wanted) (ho
 			return nil, nil, fmt.Errorf("remove a half-made eth0: %w", err)
 		}
 	}
-	if err := m.nl.LinkAdd(veth(name, w.mtu, MAC(w.addr), ns)); err != nil {
+	la := netlink.NewLinkAttrs()
+	la.Name, la.MTU, la.HardwareAddr = name, w.mtu, GatewayMAC
+	v := &netlink.Veth{
+		LinkAttrs:        la,
+		PeerName:         "eth0",
+		PeerHardwareAddr: MAC(w.addr),
+		PeerMTU:          uint32(w.mtu),
+		PeerNamespace:    netlink.NsFd(int(ns.Fd())),
+	}
+	if err := m.nl.LinkAdd(v); err != nil {
 		return nil, nil, fmt.Errorf("make veth %s: %w", name, err)
 	}
 	if host, err = m.nl.LinkByName(name); err != nil {
@@ -89,19 +98,6 @@ func (m *Manager) pair(id string, ns *os.File, in *netlink.Handle, w wanted) (ho
 		return nil, nil, err
 	}
 	return host, eth, nil
-}
-
-// veth is a pair: name here, eth0 in ns, both down; mac nil: any.
-func veth(name string, mtu int, mac net.HardwareAddr, ns *os.File) *netlink.Veth {
-	la := netlink.NewLinkAttrs()
-	la.Name, la.MTU, la.HardwareAddr = name, mtu, GatewayMAC
-	return &netlink.Veth{
-		LinkAttrs:        la,
-		PeerName:         "eth0",
-		PeerHardwareAddr: mac,
-		PeerMTU:          uint32(mtu),
-		PeerNamespace:    netlink.NsFd(int(ns.Fd())),
-	}
 }
 
 // container programs eth0 in the container's namespace.

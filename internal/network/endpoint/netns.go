@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 
 	"github.com/vishvananda/netlink"
@@ -37,7 +36,7 @@ func (m *Manager) ensureNetns(path string) error {
 		return err
 	}
 	f.Close()
-	ns, link := m.spare.take()
+	ns := m.spare.take()
 	if ns == nil {
 		if ns, err = newNetns(); err != nil {
 			return err
@@ -48,18 +47,7 @@ func (m *Manager) ensureNetns(path string) error {
 	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()), path, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount on %s: %w", path, err)
 	}
-	if link != "" {
-		m.adopt(link, m.HostName(filepath.Base(path)))
-	}
 	return nil
-}
-
-// adopt gives the link that came with a namespace its name. Where that fails, the link
-// is of no use: pair makes another.
-func (m *Manager) adopt(link, name string) {
-	if l, err := m.nl.LinkByName(link); err == nil {
-		_ = m.nl.LinkSetName(l, name)
-	}
 }
 
 // insideNew prepares the namespace that the calling thread has just made.

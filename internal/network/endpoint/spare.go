@@ -13,38 +13,34 @@ import (
 // beside the start of the container that needed it.
 const spareDelay = 300 * time.Millisecond
 
-// spares holds one namespace that is ready, with a link in it, after there was need
-// of one. It is open in this process and mounted nowhere: it goes with the process,
-// and the link with it.
+// spares holds one namespace that is ready, after there was need of one. It is open
+// in this process and mounted nowhere: it goes with the process.
 type spares struct {
-	m      *Manager
 	mu     sync.Mutex
 	ns     *os.File
-	link   string // name of this kernel's end; empty: there is none
-	made   int
 	timer  *time.Timer // it was asked for, and is made when this fires
 	closed bool
 }
 
-// take returns the namespace that is ready, or nil, and the name of its link, and has
-// the next one made. The caller closes it. A nil *spares never has one.
-func (s *spares) take() (ns *os.File, link string) {
+// take returns the namespace that is ready, or nil, and has the next one made. The
+// caller closes it. A nil *spares never has one.
+func (s *spares) take() *os.File {
 	if s == nil {
-		return nil, ""
+		return nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ns, link = s.ns, s.link
-	s.ns, s.link = nil, ""
+	ns := s.ns
+	s.ns = nil
 	if s.closed {
-		return ns, link
+		return ns
 	}
 	if s.timer == nil {
 		s.timer = time.AfterFunc(spareDelay, s.fill)
 	} else {
 		s.timer.Reset(spareDelay)
 	}
-	return ns, link
+	return ns
 }
 
 func (s *spares) fill() {
@@ -53,15 +49,8 @@ func (s *spares) fill() {
 	if s.closed || s.ns != nil {
 		return
 	}
-	ns, err := newNetns()
-	if err != nil {
-		return // whoever needs one finds out why
-	}
-	s.ns = ns
-	s.made++
-	name := Name(s.m.prefix, 's', fmt.Sprint(os.Getpid(), " ", s.made))
-	if s.m.nl.LinkAdd(veth(name, DefaultMTU, nil, ns)) == nil {
-		s.link = name
+	if ns, err := newNetns(); err == nil { // else whoever needs one finds out why
+		s.ns = ns
 	}
 }
 
@@ -77,7 +66,7 @@ func (s *spares) close() {
 	}
 	if s.ns != nil {
 		s.ns.Close()
-		s.ns, s.link = nil, ""
+		s.ns = nil
 	}
 }
 
