@@ -80,9 +80,6 @@ type Options struct {
 	// Separate keeps this kernel from passing packets from one network to another:
 	// for kernels on which nothing else does.
 	Separate bool
-	// Spare keeps one namespace ready after one was needed: for kernels with memory
-	// and time to spare.
-	Spare bool
 }
 
 // Manager makes and removes links. Its methods may be called from any
@@ -93,7 +90,6 @@ type Manager struct {
 	nl     *netlink.Handle
 	locks  [64]sync.Mutex
 	apart  *borders // nil: does not separate
-	spare  *spares  // nil: keeps none
 }
 
 // New returns a manager for the network namespace that the calling thread is in.
@@ -115,9 +111,6 @@ func New(o Options) (*Manager, error) {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
 	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl}
-	if o.Spare {
-		m.spare = &spares{}
-	}
 	if o.Separate {
 		m.apart = &borders{nl: nl, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}
 	}
@@ -126,7 +119,6 @@ func New(o Options) (*Manager, error) {
 
 // Close lets go of the manager's socket; links stay.
 func (m *Manager) Close() error {
-	m.spare.close()
 	m.nl.Close()
 	return nil
 }
@@ -183,7 +175,7 @@ func (m *Manager) Setup(ctx context.Context, id string, n *v1.RuntimeNetwork) (s
 	}
 	defer m.lock(id)()
 	path := filepath.Join(m.dir, id)
-	if err := m.ensureNetns(path); err != nil {
+	if err := ensureNetns(path); err != nil {
 		return "", fmt.Errorf("network namespace of %s: %w", id, err)
 	}
 	if w.none {
@@ -212,7 +204,7 @@ func (m *Manager) Prepare(ctx context.Context, id string, n *v1.RuntimeNetwork) 
 	}
 	defer m.lock(id)()
 	path := filepath.Join(m.dir, id)
-	if err := m.ensureNetns(path); err != nil {
+	if err := ensureNetns(path); err != nil {
 		return fmt.Errorf("network namespace of %s: %w", id, err)
 	}
 	if w.none {
