@@ -16,9 +16,9 @@ type Room struct {
 	Budget    Budget // Machines and Bytes
 }
 
-// roomAhead migrates neighbours of one of the group's machines until it has the
-// room: nothing where one has it, or where the group has no machine. Where nobody can
-// leave for it, Unplaced says so.
+// roomAhead migrates a neighbour of one of the group's machines, which has the room
+// then: nobody where one has it, or where the group has no machine. Where no neighbour
+// can leave, Unplaced says so.
 func (s *State) roomAhead(q *Room) (*Plan, error) {
 	if !q.Size.valid() || q.Isolation > Own {
 		return nil, fmt.Errorf("room: size %s or isolation %d is out of range", q.Size, q.Isolation)
@@ -57,7 +57,8 @@ type exit struct {
 }
 
 // roomier is the neighbours of g's machines without whom one of them would have the
-// room, the cheapest first.
+// room, the cheapest first: what is copied, and room beside a machine that holds much
+// is worth 128 s, as many GiB, more than beside one that holds next to nothing.
 func (s *State) roomier(g *group, q *Room) []exit {
 	b := &budget{Budget: q.Budget}
 	var out []exit
