@@ -101,7 +101,7 @@ func (d *dirs) openMetal(ctx context.Context, log *slog.Logger) (*oci.Runtime, e
 	if err != nil {
 		return nil, err
 	}
-	links, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(d.run, "netns"), Prefix: endpoint.InstancePrefix(d.instance())})
+	links, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(d.run, "netns"), Prefix: endpoint.InstancePrefix(d.instance()), Spare: true})
 	if err != nil {
 		return nil, err
 	}

@@ -80,6 +80,9 @@ type Options struct {
 	// Separate keeps this kernel from passing packets from one network to another:
 	// for kernels on which nothing else does.
 	Separate bool
+	// Spare keeps one namespace ready after one was needed: for kernels with memory
+	// and time to spare.
+	Spare bool
 }
 
 // Manager makes and removes links. Its methods may be called from any
@@ -90,6 +93,10 @@ type Manager struct {
 	nl     *netlink.Handle
 	locks  [64]sync.Mutex
 	apart  *borders // nil: does not separate
+
+	newMu sync.Mutex
+	new   map[string]newPair // by container
+	spare  *spares  // nil: keeps none
 }
 
 // New returns a manager for the network namespace that the calling thread is in.
@@ -110,7 +117,10 @@ func New(o Options) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
-	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl}
+	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl, new: map[string]newPair{}}
+	if o.Spare {
+		m.spare = &spares{}
+	}
 	if o.Separate {
 		m.apart = &borders{nl: nl, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}
 	}
@@ -119,6 +129,7 @@ func New(o Options) (*Manager, error) {
 
 // Close lets go of the manager's socket; links stay.
 func (m *Manager) Close() error {
+	m.spare.close()
 	m.nl.Close()
 	return nil
 }
@@ -175,7 +186,7 @@ func (m *Manager) Setup(ctx context.Context, id string, n *v1.RuntimeNetwork) (s
 	}
 	defer m.lock(id)()
 	path := filepath.Join(m.dir, id)
-	if err := ensureNetns(path); err != nil {
+	if err := m.ensureNetns(path); err != nil {
 		return "", fmt.Errorf("network namespace of %s: %w", id, err)
 	}
 	if w.none {
@@ -204,7 +215,7 @@ func (m *Manager) Prepare(ctx context.Context, id string, n *v1.RuntimeNetwork) 
 	}
 	defer m.lock(id)()
 	path := filepath.Join(m.dir, id)
-	if err := ensureNetns(path); err != nil {
+	if err := m.ensureNetns(path); err != nil {
 		return fmt.Errorf("network namespace of %s: %w", id, err)
 	}
 	if w.none {
@@ -223,6 +234,9 @@ func (m *Manager) Teardown(ctx context.Context, id string) error {
 		return fmt.Errorf("container id %q: %w", id, errdefs.ErrInvalidArgument)
 	}
 	defer m.lock(id)()
+	m.newMu.Lock()
+	delete(m.new, id)
+	m.newMu.Unlock()
 	if err := m.deleteLink(id); err != nil {
 		return err
 	}

@@ -16,10 +16,11 @@ import (
 // idempotent; a pair of which one end is missing or wrong is made anew.
 func (m *Manager) link(id, path string, w wanted) error {
 	return m.withPair(id, path, w, func(in *netlink.Handle, host, eth netlink.Link) error {
-		if err := container(in, eth, w); err != nil {
+		fresh := m.untouched(id, host, w)
+		if err := container(in, eth, w, fresh); err != nil {
 			return err
 		}
-		return m.apart.around(id, w, func() error { return m.kernel(host, w) })
+		return m.apart.around(id, w, func() error { return m.kernel(host, w, fresh) })
 	})
 }
 
@@ -97,17 +98,43 @@ func (m *Manager) pair(id string, ns *os.File, in *netlink.Handle, w wanted) (ho
 	if eth, err = in.LinkByName("eth0"); err != nil {
 		return nil, nil, err
 	}
+	if err := settings(name); err != nil {
+		return nil, nil, err
+	}
+	m.newMu.Lock()
+	m.new[id] = newPair{host.Attrs().Index, w.addr, w.mtu}
+	m.newMu.Unlock()
 	return host, eth, nil
 }
 
+// newPair is a pair that this process has made and nobody has used yet: it has what
+// it was made with and nothing else, and need not be asked.
+type newPair struct {
+	index int // of the host's end
+	addr  netip.Addr
+	mtu   int
+}
+
+// untouched tells, once, that a link is as pair made it, and made for w.
+func (m *Manager) untouched(id string, host netlink.Link, w wanted) bool {
+	m.newMu.Lock()
+	defer m.newMu.Unlock()
+	p, ok := m.new[id]
+	delete(m.new, id)
+	return ok && p == newPair{host.Attrs().Index, w.addr, w.mtu}
+}
+
 // container programs eth0 in the container's namespace.
-func container(in *netlink.Handle, eth netlink.Link, w wanted) error {
-	if err := common(in, eth, MAC(w.addr), w.mtu); err != nil {
-		return fmt.Errorf("eth0: %w", err)
-	}
-	addrs, err := Dump(func() ([]netlink.Addr, error) { return in.AddrList(eth, unix.AF_INET) })
-	if err != nil {
-		return fmt.Errorf("addresses of eth0: %w", err)
+func container(in *netlink.Handle, eth netlink.Link, w wanted, fresh bool) error {
+	var addrs []netlink.Addr
+	if !fresh {
+		if err := common(in, eth, MAC(w.addr), w.mtu); err != nil {
+			return fmt.Errorf("eth0: %w", err)
+		}
+		var err error
+		if addrs, err = Dump(func() ([]netlink.Addr, error) { return in.AddrList(eth, unix.AF_INET) }); err != nil {
+			return fmt.Errorf("addresses of eth0: %w", err)
+		}
 	}
 	has := map[string]bool{}
 	for i := range addrs {
@@ -135,7 +162,7 @@ func container(in *netlink.Handle, eth netlink.Link, w wanted) error {
 	if err := in.RouteReplace(w.route(eth, netip.PrefixFrom(netip.IPv4Unspecified(), 0), w.source)); err != nil {
 		return fmt.Errorf("default route: %w", err)
 	}
-	return sources(in, eth, w)
+	return sources(in, eth, w, fresh)
 }
 
 // route leads to dst by the gateway, as src.
@@ -145,7 +172,7 @@ func (w wanted) route(eth netlink.Link, dst netip.Prefix, src netip.Addr) *netli
 
 // sources makes a container use, towards each of its networks, its address there. One
 // whose only network the default route serves as well needs none of it.
-func sources(in *netlink.Handle, eth netlink.Link, w wanted) error {
+func sources(in *netlink.Handle, eth netlink.Link, w wanted, fresh bool) error {
 	keep := map[string]bool{"0.0.0.0/0": true}
 	for _, a := range w.addrs {
 		if !a.net.IsValid() || a.ip == w.source {
@@ -155,6 +182,9 @@ func sources(in *netlink.Handle, eth netlink.Link, w wanted) error {
 		if err := in.RouteReplace(w.route(eth, a.net, a.ip)); err != nil {
 			return fmt.Errorf("route to network %s: %w", a.net, err)
 		}
+	}
+	if fresh {
+		return nil
 	}
 	routes, err := Dump(func() ([]netlink.Route, error) {
 		return in.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: eth.Attrs().Index}, netlink.RT_FILTER_OIF)
@@ -172,13 +202,8 @@ func sources(in *netlink.Handle, eth netlink.Link, w wanted) error {
 	return nil
 }
 
-// kernel programs this kernel's end.
-func (m *Manager) kernel(host netlink.Link, w wanted) error {
-	name := host.Attrs().Name
-	if err := common(m.nl, host, GatewayMAC, w.mtu); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	// Before it is up: no packet passes unfiltered, no IPv6 address appears.
+// settings makes this kernel's end a router's port.
+func settings(name string) error {
 	for _, kv := range [][2]string{
 		{"ipv6/conf/" + name + "/disable_ipv6", "1"},
 		{"ipv4/conf/" + name + "/rp_filter", "1"},
@@ -191,8 +216,19 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 			return err
 		}
 	}
-	if err := forwarding(); err != nil {
-		return err
+	return forwarding()
+}
+
+// kernel programs this kernel's end.
+func (m *Manager) kernel(host netlink.Link, w wanted, fresh bool) error {
+	name := host.Attrs().Name
+	if !fresh { // before it is up: no packet passes unfiltered, no IPv6 address appears
+		if err := common(m.nl, host, GatewayMAC, w.mtu); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := settings(name); err != nil {
+			return err
+		}
 	}
 	if err := m.nl.LinkSetUp(host); err != nil {
 		return fmt.Errorf("%s up: %w", name, err)
@@ -203,11 +239,14 @@ func (m *Manager) kernel(host netlink.Link, w wanted) error {
 		}
 	}
 	// An address that this link had before must not keep its route.
-	routes, err := Dump(func() ([]netlink.Route, error) {
-		return m.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: host.Attrs().Index}, netlink.RT_FILTER_OIF)
-	})
-	if err != nil {
-		return fmt.Errorf("routes of %s: %w", name, err)
+	var routes []netlink.Route
+	if !fresh {
+		var err error
+		if routes, err = Dump(func() ([]netlink.Route, error) {
+			return m.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{LinkIndex: host.Attrs().Index}, netlink.RT_FILTER_OIF)
+		}); err != nil {
+			return fmt.Errorf("routes of %s: %w", name, err)
+		}
 	}
 	for i := range routes {
 		if d := routes[i].Dst; d != nil && !w.has(d.String()) {

@@ -27,7 +27,7 @@ func isNetns(path string) (bool, error) {
 
 // ensureNetns makes a namespace, with its loopback up, mounted on path. A plain
 // file there is what a killed process left between its two steps.
-func ensureNetns(path string) error {
+func (m *Manager) ensureNetns(path string) error {
 	if ok, err := isNetns(path); err != nil || ok {
 		return err
 	}
@@ -36,19 +36,18 @@ func ensureNetns(path string) error {
 		return err
 	}
 	f.Close()
-	return onOwnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("unshare: %w", err)
-		}
-		if err := insideNew(); err != nil {
+	ns := m.spare.take()
+	if ns == nil {
+		if ns, err = newNetns(); err != nil {
 			return err
 		}
-		// Mounted last: what is mounted is complete.
-		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("mount on %s: %w", path, err)
-		}
-		return nil
-	})
+	}
+	defer ns.Close()
+	// Mounted last: what is mounted is complete.
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()), path, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount on %s: %w", path, err)
+	}
+	return nil
 }
 
 // insideNew prepares the namespace that the calling thread has just made.
