@@ -68,10 +68,7 @@ func (c *container) input(cn *conn, kind byte, p []byte) {
 	// Input may come before the start; wait for it, as long as the client does.
 	for c.status().State == "" || c.status().State == Starting {
 		time.Sleep(10 * time.Millisecond)
-		c.s.mu.Lock()
-		known := c.s.ctrs[c.id] == c
-		c.s.mu.Unlock()
-		if !known || cn.left() {
+		if !c.s.knows(c) || cn.left() {
 			return
 		}
 	}

@@ -48,10 +48,15 @@ func (c *container) status() Status {
 }
 
 func (c *container) set(st Status) {
+	c.note(st)
+	c.s.publish(st)
+}
+
+// note is set for who asks: watchers are told later.
+func (c *container) note(st Status) {
 	c.mu.Lock()
 	c.st = st
 	c.mu.Unlock()
-	c.s.publish(st)
 }
 
 const (
@@ -82,10 +87,12 @@ func (s *server) start(r *StartRequest) (*Status, error) {
 	c.mu.Lock()
 	c.req = *r
 	c.mu.Unlock()
-	if err := c.clear(); err != nil {
-		return nil, err
-	}
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	// The directory is there from the first start on, until the container is forgotten.
+	if err := os.Mkdir(c.dir, 0o700); errors.Is(err, os.ErrExist) {
+		if err := c.clear(); err != nil {
+			return nil, err
+		}
+	} else if err != nil {
 		return nil, fmt.Errorf("monitor: %w", err)
 	}
 	if err := writeJSON(filepath.Join(c.dir, fileStart), r); err != nil {
@@ -192,7 +199,9 @@ func awaitExec(p *process, runc string) {
 	cmdline := filepath.Join("/proc", strconv.Itoa(p.pid), "cmdline")
 	noArgs := time.Duration(0)
 	for waited, wait := time.Duration(0), 500*time.Microsecond; waited < execWait && noArgs < noArgsWait; waited, wait = waited+wait, min(2*wait, 20*time.Millisecond) {
+		look := time.Now()
 		b, err := os.ReadFile(cmdline)
+		wait = max(wait, 3*time.Since(look)) // where looking is slow it keeps others from running
 		if err != nil || len(b) > 0 && !bytes.Equal(b, before) {
 			return
 		}
@@ -252,6 +261,10 @@ func (c *container) output(name string, p []byte) {
 	}
 }
 
+// clearDelay is when an ended container's leavings are cleared: after those who wait
+// for its end have had the processor.
+const clearDelay = 50 * time.Millisecond
+
 // reap waits for the end and records it.
 func (c *container) reap(p *process, io *stdio, pumps *sync.WaitGroup, ending chan struct{}, st Status) {
 	code, known := p.wait()
@@ -282,13 +295,15 @@ func (c *container) reap(p *process, io *stdio, pumps *sync.WaitGroup, ending ch
 	if err := writeJSON(filepath.Join(c.dir, fileExit), st); err != nil {
 		c.s.log.Error("keep an exit code", "container", c.id, "error", err)
 	}
-	c.set(st)
-	c.endClients(&st)
+	c.note(st)
+	c.endClients(&st) // first: somebody may sit before it
+	c.s.publish(st)
 
 	// What is left can wait until the exit is known; a start meanwhile clears too.
+	time.Sleep(clearDelay)
 	c.startMu.Lock()
 	defer c.startMu.Unlock()
-	if now := c.status(); now.Run != st.Run || now.State != Exited {
+	if now := c.status(); now.Run != st.Run || now.State != Exited || !c.s.knows(c) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)

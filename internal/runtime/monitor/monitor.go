@@ -213,6 +213,13 @@ func (s *server) container(id string, make bool) (*container, error) {
 	return c, nil
 }
 
+// knows is false when a container was forgotten; its id may be another's now.
+func (s *server) knows(c *container) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ctrs[c.id] == c
+}
+
 // forget drops what is known of a container that does not run.
 func (s *server) forget(id string) error {
 	c, err := s.container(id, false)

@@ -83,7 +83,7 @@ func TestReopen(t *testing.T) {
 	if s := state(t, rt, frozen); s.GetState() != v1.ContainerState_CONTAINER_STATE_PAUSED {
 		t.Errorf("paused: %v", s)
 	}
-	if s := state(t, rt, only.Id); s.GetState() != v1.ContainerState_CONTAINER_STATE_CREATED {
+	if s := state(t, rt, only.Id); s.GetState() != v1.ContainerState_CONTAINER_STATE_CREATED || time.Since(s.CreatedAt.AsTime()).Abs() > 10*time.Minute {
 		t.Errorf("created: %v", s)
 	}
 	if s, err := rt.Wait(runtimetest.Context(t), ends); err != nil || s.ExitCode != 6 || logText(t, rt, ends) != "done\n" {

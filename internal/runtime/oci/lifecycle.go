@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -68,7 +67,7 @@ func (r *Runtime) Create(ctx context.Context, spec *v1.RuntimeSpec) error {
 }
 
 func (r *Runtime) create(ctx context.Context, c *container, s *v1.RuntimeSpec) error {
-	if err := os.MkdirAll(filepath.Join(r.stateDir(s.Id), "log"), 0o711); err != nil {
+	if err := mkdirs(0o711, r.stateDir(s.Id), filepath.Join(r.stateDir(s.Id), "log")); err != nil {
 		return fmt.Errorf("container %s: %w", s.Id, err)
 	}
 	r.prepareLink(ctx, c, s)
@@ -87,11 +86,7 @@ func (r *Runtime) create(ctx context.Context, c *container, s *v1.RuntimeSpec) e
 	}
 	r.mu.Lock()
 	c.ready = sp
-	err = r.save(c)
 	r.mu.Unlock()
-	if err != nil {
-		return err
-	}
 	return r.saveSpec(s)
 }
 
@@ -124,12 +119,8 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	if !c.rec.Pending {
 		c.rec.Run, c.rec.Pending = c.rec.Run+1, true
 	}
-	run := c.rec.Run
-	err = r.save(c) // so that a later process tells this run from the one before
+	run := c.rec.Run // the monitor keeps it, and tells a later process
 	r.mu.Unlock()
-	if err != nil {
-		return err
-	}
 	if err := r.bundle(ctx, c, s); err != nil {
 		return err
 	}
@@ -351,11 +342,17 @@ func (r *Runtime) Delete(ctx context.Context, id string, force bool) error {
 	// Once begun it is finished: half a container is of no use.
 	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 	defer cancel()
-	if err := r.wipe(wctx, id); err != nil {
-		return err
-	}
+	r.mu.Lock()
+	c.wiping = true
+	r.mu.Unlock()
+	err = r.wipe(wctx, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c.wiping = false
+	if err != nil {
+		r.flush(c)
+		return err
+	}
 	c.deleted = true
 	delete(r.ctrs, id)
 	if !isClosed(c.stopped) {

@@ -167,6 +167,9 @@ func (r *Runtime) Close() error {
 	<-r.done
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for _, c := range r.ctrs {
+		r.flush(c)
+	}
 	for ch := range r.subs {
 		delete(r.subs, ch)
 		close(ch)

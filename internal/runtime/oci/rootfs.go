@@ -28,8 +28,10 @@ func (r *Runtime) rootfs(id string) string { return filepath.Join(r.runDir(id), 
 // mountRoot puts the root file system together if it is not there yet.
 func (r *Runtime) mountRoot(s *v1.RuntimeSpec) error {
 	dir := r.rootfs(s.Id)
-	if points, err := mountsBelow(dir); err != nil || slices.Contains(points, dir) {
-		return err
+	if err := os.Mkdir(dir, 0o755); err != nil { // it is there: mounted, perhaps
+		if points, err := mountsBelow(dir); err != nil || slices.Contains(points, dir) {
+			return err
+		}
 	}
 	if len(s.Layers) == 0 {
 		return fmt.Errorf("container %s has no layers: %w", s.Id, errdefs.ErrInvalidArgument)
@@ -48,10 +50,8 @@ func (r *Runtime) mountRoot(s *v1.RuntimeSpec) error {
 	}
 	r.mu.Unlock()
 	upper, work := filepath.Join(r.stateDir(s.Id), "upper"), filepath.Join(r.stateDir(s.Id), "work")
-	for _, d := range []string{dir, upper, work} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return fmt.Errorf("container %s: %w", s.Id, err)
-		}
+	if err := mkdirs(0o755, dir, upper, work); err != nil {
+		return fmt.Errorf("container %s: %w", s.Id, err)
 	}
 	if err := copyRootAttrs(r.diskDir(lower[0]), upper); err != nil {
 		return fmt.Errorf("container %s: %w", s.Id, err)
@@ -68,6 +68,21 @@ func (r *Runtime) mountRoot(s *v1.RuntimeSpec) error {
 
 func escapeOverlay(s string) string {
 	return strings.NewReplacer(`\`, `\\`, ":", `\:`, ",", `\,`).Replace(s)
+}
+
+// mkdirs makes directories, those of them that are missing. Their parents are there
+// or before them in the list: this asks the kernel once for each.
+func mkdirs(mode os.FileMode, dirs ...string) error {
+	for _, d := range dirs {
+		err := os.Mkdir(d, mode)
+		if errors.Is(err, os.ErrNotExist) {
+			err = os.MkdirAll(d, mode)
+		}
+		if err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // copyRootAttrs gives a fresh upper directory the image root's mode and owner.
@@ -120,13 +135,13 @@ func mountIn(dir, source, target, fsType string, flags uintptr, data string) err
 // prepare makes everything a start needs that is not there yet: at Create, and
 // again at Start, should the kernel have been booted in between.
 func (r *Runtime) prepare(ctx context.Context, s *v1.RuntimeSpec, fresh bool) error {
-	if err := os.MkdirAll(filepath.Join(r.runDir(s.Id), "etc"), 0o711); err != nil {
+	if err := mkdirs(0o711, r.runDir(s.Id), filepath.Join(r.runDir(s.Id), "etc")); err != nil {
 		return fmt.Errorf("container %s: %w", s.Id, err)
 	}
 	if err := r.mountRoot(s); err != nil {
 		return err
 	}
-	if err := r.writeEtc(s); err != nil {
+	if err := r.writeEtc(s, fresh); err != nil {
 		return err
 	}
 	if err := r.placeFiles(s, fresh); err != nil {
@@ -181,7 +196,7 @@ func (r *Runtime) placeFiles(s *v1.RuntimeSpec, fresh bool) error {
 }
 
 // writeEtc makes the files that Docker makes, when they are not there.
-func (r *Runtime) writeEtc(s *v1.RuntimeSpec) error {
+func (r *Runtime) writeEtc(s *v1.RuntimeSpec, fresh bool) error {
 	host, n := hostname(s), s.GetNetwork()
 	ips := []string{strings.TrimSuffix(n.GetAddress(), "/32")}
 	for i, a := range n.GetAddresses() {
@@ -220,11 +235,14 @@ func (r *Runtime) writeEtc(s *v1.RuntimeSpec) error {
 		resolv.Write(b)
 	}
 	for name, text := range map[string]string{"hosts": hosts.String(), "hostname": host + "\n", "resolv.conf": resolv.String()} {
-		path := filepath.Join(r.runDir(s.Id), "etc", name)
-		if _, err := os.Stat(path); err == nil {
-			continue // the container may have changed it
+		path, write := filepath.Join(r.runDir(s.Id), "etc", name), os.WriteFile
+		if !fresh { // no half of a file may take another's place
+			write = replaceFile
+			if _, err := os.Stat(path); err == nil {
+				continue // the container may have changed it
+			}
 		}
-		if err := replaceFile(path, []byte(text), 0o644); err != nil {
+		if err := write(path, []byte(text), 0o644); err != nil {
 			return fmt.Errorf("/etc/%s of container %s: %w", name, s.Id, err)
 		}
 	}

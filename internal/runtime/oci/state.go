@@ -54,6 +54,8 @@ type container struct {
 	paused  bool
 	stopped chan struct{} // closed when the present run has ended
 	deleted bool
+	wiping  bool // Delete is at it: nothing is written any more
+	unsaved bool // the record on disk is not the last; see saveSoon
 }
 
 // state as the contract names it; the caller holds Runtime.mu.
@@ -97,8 +99,37 @@ const (
 	fileRecord = "record.json"
 )
 
+// saveDelay is how long a record may wait to be written.
+const saveDelay = 100 * time.Millisecond
+
+// saveSoon writes the record a moment later, when nobody waits for the container. What
+// it says the monitor says as well, for as long as the kernel lives; and what a kernel
+// has not written when it dies is lost in any case. The caller holds Runtime.mu.
+func (r *Runtime) saveSoon(c *container) {
+	if c.unsaved {
+		return
+	}
+	c.unsaved = true
+	time.AfterFunc(saveDelay, func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.flush(c)
+	})
+}
+
+// flush writes what saveSoon has left; the caller holds Runtime.mu.
+func (r *Runtime) flush(c *container) {
+	if !c.unsaved || c.wiping || c.deleted {
+		return
+	}
+	if err := r.save(c); err != nil {
+		r.log.Error("keep a container's state", "container", c.id, "error", err)
+	}
+}
+
 // save writes the record; the caller holds Runtime.mu.
 func (r *Runtime) save(c *container) error {
+	c.unsaved = false
 	b, err := json.Marshal(&c.rec)
 	if err == nil {
 		err = replaceFile(filepath.Join(r.stateDir(c.id), fileRecord), b, 0o600)
@@ -109,7 +140,7 @@ func (r *Runtime) save(c *container) error {
 	return nil
 }
 
-func replaceFile(path string, b []byte, mode os.FileMode) error {
+func replaceFile(path string, b []byte, mode fs.FileMode) error {
 	if err := os.WriteFile(path+".new", b, mode); err != nil {
 		return err
 	}
@@ -205,9 +236,14 @@ func (r *Runtime) loadContainer(id string) (*container, error) {
 	b, err = os.ReadFile(filepath.Join(r.stateDir(id), fileRecord))
 	if err == nil {
 		err = json.Unmarshal(b, &c.rec)
+	} else if errors.Is(err, fs.ErrNotExist) { // it has never run
+		var st fs.FileInfo
+		if st, err = os.Stat(filepath.Join(r.stateDir(id), fileSpec)); err == nil {
+			c.rec.CreatedAt = st.ModTime()
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("record: %w", err)
+		return nil, fmt.Errorf("record: %w", errors.Join(err, errdefs.ErrDataLoss))
 	}
 	if c.rec.Ended {
 		close(c.stopped)
@@ -226,10 +262,7 @@ func (r *Runtime) apply(st monitor.Status) {
 	if c == nil || st.Run < c.rec.Run || st.State == monitor.Gone {
 		return
 	}
-	c.rec.Run = st.Run
-	if st.State != monitor.Starting {
-		c.rec.Pending = false
-	}
+	c.rec.Run, c.rec.Pending = st.Run, st.State == monitor.Starting
 	switch st.State {
 	case monitor.Running:
 		r.markStarted(c, st)
@@ -268,9 +301,7 @@ func (r *Runtime) markStarted(c *container, st monitor.Status) {
 	c.rec.Started, c.rec.Ended, c.rec.ExitCode, c.rec.OOMKilled = true, false, 0, false
 	c.rec.StartedAt, c.rec.FinishedAt, c.rec.Boot = st.StartedAt, time.Time{}, bootID()
 	c.pid, c.paused = st.PID, false
-	if err := r.save(c); err != nil {
-		r.log.Error("keep a container's state", "container", c.id, "error", err)
-	}
+	r.saveSoon(c)
 	r.publish("start", c)
 }
 
@@ -281,19 +312,26 @@ func (r *Runtime) markEnded(c *container, st monitor.Status) {
 		r.publish("oom", c)
 	}
 	c.pid, c.paused = 0, false
-	if err := r.save(c); err != nil {
-		r.log.Error("keep a container's state", "container", c.id, "error", err)
-	}
+	r.saveSoon(c)
 	close(c.stopped)
 	r.publish("exit", c)
 	if r.o.Endpoint != nil {
-		go r.unlink(c)
+		time.AfterFunc(unlinkDelay, func() { r.unlink(c) })
 	}
 }
+
+// unlinkDelay lets the word of a container's end go first, and a start or Delete that
+// follows at once have the link.
+const unlinkDelay = 200 * time.Millisecond
 
 // unlink takes the network of a container that has ended; the next start makes
 // it anew. Nobody waits for it: a failure is mended by Delete.
 func (r *Runtime) unlink(c *container) {
+	select {
+	case <-r.done: // closed: whoever opens it next takes it over as it is
+		return
+	default:
+	}
 	c.lock()
 	defer c.op.Unlock()
 	r.mu.Lock()
