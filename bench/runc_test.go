@@ -108,6 +108,7 @@ func inTurns(b *testing.B, h *host.Host, runc func(bundle string) time.Duration,
 			}
 			return nil
 		})
+		time.Sleep(time.Second) // what Tandem does when nobody waits would burden it, too
 		d[1] = append(d[1], runc("tandem"))
 		d[2] = append(d[2], runc("minimal"))
 	}
