@@ -198,14 +198,25 @@ func BenchmarkContainers(b *testing.B) {
 	h.Tandem("run", "-d", "--name", "keep", "busybox", "sleep", "100000")
 	h.Tandem("run", "--rm", "busybox", "true")
 	inGuest, remove := runcInGuest(b, h)
-	warm, alone, minimal := inTurns(b, h, inGuest)
+	d = inTurns(b, h, nil, inGuest.of("tandem"), inGuest.of("minimal"))
 	remove()
-	report("busybox true in a warm machine, create to exit", ms(warm), "1.4 x "+ms(alone)+" (runc)", float64(warm) <= 1.4*float64(alone))
-	note("   runc alone of its own minimal spec, there", ms(minimal))
+	report("busybox true in a warm machine, create to exit", ms(d[0]), "1.4 x "+ms(d[1])+" (runc)", float64(d[0]) <= 1.4*float64(d[1]))
+	note("   runc alone of its own minimal spec, there", ms(d[2]))
 
-	metal, bare, minimal := inTurns(b, h, runcOnHost(b, h), "--isolation", "metal")
-	report("busybox true on metal, create to exit", ms(metal), "1.4 x "+ms(bare)+" (runc)", float64(metal) <= 1.4*float64(bare))
-	note("   runc alone of its own minimal spec, there", ms(minimal))
+	onHost := runcOnHost(b, h)
+	others := []func() time.Duration{onHost.of("tandem"), onHost.of("minimal")}
+	docker, err := startDocker(b)
+	if err == nil {
+		others = append(others, docker.run)
+	}
+	d = inTurns(b, h, []string{"--isolation", "metal"}, others...)
+	report("busybox true on metal, create to exit", ms(d[0]), "1.4 x "+ms(d[1])+" (runc)", float64(d[0]) <= 1.4*float64(d[1]))
+	note("   runc alone of its own minimal spec, there", ms(d[2]))
+	if err != nil {
+		note("docker run of the same, beside it", "not measured: "+err.Error())
+		return
+	}
+	report("docker run of the same, beside it", ms(d[3]), "slower than Tandem", d[0] < d[3])
 }
 
 func BenchmarkDensity(b *testing.B) {

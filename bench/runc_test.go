@@ -90,13 +90,13 @@ func adapt(b *testing.B, file string, change func(map[string]any)) {
 	}
 }
 
-// inTurns runs busybox true by `tandem run --rm` with these flags, and runc alone
-// with both bundles, nine times one after the other, so that all three see the same
-// load, and returns medians. What Tandem removes after a container's end is waited
-// for: it would burden runc.
-func inTurns(b *testing.B, h *host.Host, runc func(bundle string) time.Duration, flags ...string) (ours, same, minimal time.Duration) {
+// inTurns runs busybox true by `tandem run --rm` with these flags, and each of the
+// others, nine times one after the other, so that all see the same load, and returns
+// medians, of Tandem first. What Tandem removes after a container's end is waited
+// for: it would burden the others.
+func inTurns(b *testing.B, h *host.Host, flags []string, others ...func() time.Duration) []time.Duration {
 	b.Helper()
-	var d [3][]time.Duration
+	d := make([][]time.Duration, 1+len(others))
 	here := strings.Count(h.Tandem("ps", "-a", "-q"), "\n")
 	for range 9 {
 		start := time.Now()
@@ -108,16 +108,28 @@ func inTurns(b *testing.B, h *host.Host, runc func(bundle string) time.Duration,
 			}
 			return nil
 		})
-		time.Sleep(time.Second) // what Tandem does when nobody waits would burden it, too
-		d[1] = append(d[1], runc("tandem"))
-		d[2] = append(d[2], runc("minimal"))
+		time.Sleep(time.Second) // what Tandem does when nobody waits would burden the others, too
+		for i, other := range others {
+			d[1+i] = append(d[1+i], other())
+		}
 	}
-	return median(d[0]), median(d[1]), median(d[2])
+	medians := make([]time.Duration, len(d))
+	for i := range d {
+		medians[i] = median(d[i])
+	}
+	return medians
+}
+
+// runner runs a bundle by runc alone and says how long that took.
+type runner func(bundle string) time.Duration
+
+func (r runner) of(bundle string) func() time.Duration {
+	return func() time.Duration { return r(bundle) }
 }
 
 // runcInGuest is `runc run` of busybox true by itself, in the same guest: from a
 // privileged container, with nothing of Tandem on the way.
-func runcInGuest(b *testing.B, h *host.Host) (run func(bundle string) time.Duration, remove func()) {
+func runcInGuest(b *testing.B, h *host.Host) (run runner, remove func()) {
 	b.Helper()
 	h.ImportTree("runc:latest", func(root string) {
 		host.BusyboxTree(b, root)
@@ -146,7 +158,7 @@ s=$(cut -d' ' -f1 /proc/uptime); runc --root /run/runc run x || exit 1; e=$(cut 
 }
 
 // runcOnHost is the same on the host.
-func runcOnHost(b *testing.B, h *host.Host) (run func(bundle string) time.Duration) {
+func runcOnHost(b *testing.B, h *host.Host) runner {
 	b.Helper()
 	dir := filepath.Join(h.Dir, "bundles")
 	bundles(b, h, dir)
