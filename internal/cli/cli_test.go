@@ -33,6 +33,7 @@ type fakeServer struct {
 	asked       *v1.AskRequest
 	carried     *v1.CarryOutRequest
 	recommended *v1.RecommendRequest
+	inForce     *v1.AppliedRecommendation
 }
 
 func (f *fakeServer) list() []*v1.Container {

@@ -1,9 +1,11 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	v1 "tandem/api/tandem/v1"
 
@@ -13,7 +15,7 @@ import (
 )
 
 func (a *app) recommend() *cobra.Command {
-	var apply bool
+	var apply, undo bool
 	c := &cobra.Command{
 		Use:   "recommend [SERVICE...]",
 		Short: "What services should reserve, from what they were seen to use",
@@ -23,10 +25,12 @@ of 15 %. What is a day old counts half. Without a project (-p, or a Compose file
 all services are listed.
 
 --apply lets the services of the project reserve that, as far as enough was seen of
-them; their containers are replaced. Put it into the Compose file too: the next up
-makes the services what the file says.`,
+them; their containers are replaced. It holds until the Compose file asks for other
+CPU or memory for the service than now, until down, or until --undo lets the service
+reserve again what the file asks for. up --plan says what is used, and why.`,
 		Example: `  tandem recommend
-  tandem recommend -p shop web --apply`,
+  tandem recommend -p shop web --apply
+  tandem recommend -p shop web --undo`,
 		ValidArgsFunction: a.completeServiceNames,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			api, err := a.api()
@@ -37,10 +41,10 @@ makes the services what the file says.`,
 			if err != nil {
 				return err
 			}
-			if project == "" && (apply || len(args) > 0) {
+			if project == "" && (apply || undo || len(args) > 0) {
 				return usageError("no Compose file here: name the project with -p, or the file with -f")
 			}
-			res, err := api.system().Recommend(cmd.Context(), connect.NewRequest(&v1.RecommendRequest{Project: project, Services: args, Apply: apply}))
+			res, err := api.system().Recommend(cmd.Context(), connect.NewRequest(&v1.RecommendRequest{Project: project, Services: args, Apply: apply, Undo: undo}))
 			if err != nil {
 				return err
 			}
@@ -56,7 +60,7 @@ makes the services what the file says.`,
 					memory = bytesText(r.GetMemoryP99Bytes()) + " / " + bytesText(r.GetMemoryMaxBytes())
 				}
 				rows = append(rows, []string{recordName(r.GetProject(), r.GetService()), amounts(r.GetReserved()), amounts(r.GetRecommended()), cpu, memory,
-					strconv.FormatInt(r.GetSamples(), 10), units.HumanDuration(r.GetSpan().AsDuration()), remark(r)})
+					strconv.FormatInt(r.GetSamples(), 10), units.HumanDuration(r.GetSpan().AsDuration()), remark(r, undo)})
 			}
 			if err := a.table("SERVICE|RESERVES|SHOULD RESERVE|CPU P50 / P95|MEMORY P99 / MOST|SAMPLES|OVER|", rows); err != nil {
 				return err
@@ -71,6 +75,8 @@ makes the services what the file says.`,
 		},
 	}
 	c.Flags().BoolVar(&apply, "apply", false, "let the services reserve it")
+	c.Flags().BoolVar(&undo, "undo", false, "let the services reserve again what the Compose file asks for")
+	c.MarkFlagsMutuallyExclusive("apply", "undo")
 	return c
 }
 
@@ -83,20 +89,29 @@ func amounts(z *v1.Size) string {
 	if n := z.GetMemoryBytes(); n > 0 {
 		parts = append(parts, bytesText(n))
 	}
-	if len(parts) == 0 {
-		return "-"
-	}
-	return strings.Join(parts, ", ")
+	return cmp.Or(strings.Join(parts, ", "), "-")
 }
 
-func remark(r *v1.Recommendation) string {
+func remark(r *v1.Recommendation, undo bool) string {
+	file := "the Compose file asks for " + amounts(requested(r.GetInForce().GetRequested()))
 	switch {
+	case r.GetUndone():
+		return "undone"
+	case undo:
+		return "nothing was applied"
 	case r.GetApplied():
-		return "applied"
+		return "applied; " + file
+	case r.GetInForce() != nil:
+		return "applied " + units.HumanDuration(time.Since(r.GetInForce().GetAt().AsTime())) + " ago; " + file
 	case !r.GetEnough():
 		return "too little seen"
 	}
 	return ""
+}
+
+// requested is what a Compose file asks for: what it reserves, else its limits.
+func requested(r *v1.Resources) *v1.Size {
+	return &v1.Size{CpuMilli: cmp.Or(r.GetCpuMilliReservation(), r.GetCpuMilliLimit()), MemoryBytes: cmp.Or(r.GetMemoryBytesReservation(), r.GetMemoryBytesLimit())}
 }
 
 // completeServiceNames offers the services of the project to the shell.

@@ -177,6 +177,9 @@ func (a *app) apply(ctx context.Context, req *v1.ApplyProjectRequest, detailed b
 			} else if req.PlanOnly {
 				printPlan(a.env.Stdout, k.Plan)
 			} else {
+				for _, n := range k.Plan.GetNotes() {
+					fmt.Fprintln(a.env.Stderr, "note: "+printable(n))
+				}
 				for _, u := range k.Plan.GetUnplaced() {
 					fmt.Fprintf(a.env.Stderr, "warning: %s has no place yet: %s. %s\n", u.GetContainer(), u.GetReason().GetSummary(), u.GetRemedy())
 				}
@@ -210,6 +213,9 @@ func (a *app) apply(ctx context.Context, req *v1.ApplyProjectRequest, detailed b
 
 // printPlan shows actions, each with its reason.
 func printPlan(w io.Writer, p *v1.Plan) {
+	for _, n := range p.GetNotes() {
+		fmt.Fprintln(w, "Note: "+printable(n)+".")
+	}
 	if len(p.GetActions()) == 0 && len(p.GetUnplaced()) == 0 {
 		fmt.Fprintln(w, "Nothing to change.")
 		return

@@ -199,8 +199,9 @@ func (c *Controller) closeUsage() {
 func (c *Controller) Recommend(s *v1.Service) *v1.Recommendation {
 	c.usages.mu.Lock()
 	defer c.usages.mu.Unlock()
-	r := s.GetTemplate().GetResources()
-	return recommend(s.Meta, r, c.usages.services[s.Meta.Id])
+	r := recommend(s.Meta, s.GetTemplate().GetResources(), c.usages.services[s.Meta.Id])
+	r.InForce = s.Applied
+	return r
 }
 
 func recommend(meta *v1.Meta, r *v1.Resources, h *usageHistory) *v1.Recommendation {
@@ -238,21 +239,3 @@ func recommend(meta *v1.Meta, r *v1.Resources, h *usageHistory) *v1.Recommendati
 }
 
 func cpuWord(milli int64) string { return fmt.Sprintf("%g CPU", float64(milli)/1000) }
-
-// Reserve is a service's resources with what is recommended; what it is scaled by
-// stays, as its use is measured against that. It says whether anything differs.
-func Reserve(s *v1.Service, r *v1.Recommendation) (*v1.Resources, bool) {
-	res := s.GetTemplate().GetResources()
-	if res == nil {
-		res = &v1.Resources{}
-	}
-	res = clone(res)
-	cpu, memory := res.CpuMilliReservation, res.MemoryBytesReservation
-	if n := r.Recommended.GetCpuMilli(); n > 0 && s.GetScale().GetCpuTarget() == 0 {
-		res.CpuMilliReservation = n
-	}
-	if n := r.Recommended.GetMemoryBytes(); n > 0 && s.GetScale().GetMemoryTarget() == 0 {
-		res.MemoryBytesReservation = n
-	}
-	return res, cpu != res.CpuMilliReservation || memory != res.MemoryBytesReservation
-}

@@ -110,22 +110,6 @@ func TestRecommend(t *testing.T) {
 	}
 }
 
-func TestReserve(t *testing.T) {
-	r := &v1.Recommendation{Recommended: &v1.Size{CpuMilli: 300, MemoryBytes: 1 << 28}}
-	s := &v1.Service{Template: &v1.ContainerSpec{Resources: &v1.Resources{CpuMilliLimit: 500, CpuMilliReservation: 100}}}
-	if res, ok := Reserve(s, r); !ok || res.CpuMilliReservation != 300 || res.MemoryBytesReservation != 1<<28 || res.CpuMilliLimit != 500 || s.Template.Resources.CpuMilliReservation != 100 {
-		t.Error(res, ok)
-	}
-	s.Scale = &v1.ScalePolicy{CpuTarget: 0.5}
-	if res, ok := Reserve(s, r); !ok || res.CpuMilliReservation != 100 || res.MemoryBytesReservation != 1<<28 {
-		t.Error("what it is scaled by was changed:", res)
-	}
-	s.Scale.MemoryTarget = 0.5
-	if _, ok := Reserve(s, r); ok {
-		t.Error("nothing differs")
-	}
-}
-
 // The controllers see what containers use, write it down, and a new server goes on
 // with it; what is damaged begins anew and harms nothing.
 func TestUsageIsObservedAndKept(t *testing.T) {

@@ -249,6 +249,7 @@ func (d *diff) service(sp *v1.ServiceSpec, old *v1.Service, rename map[string]st
 	n.Replicas, n.Labels, n.Scale, n.Spread, n.Ha = sp.Replicas, sp.Labels, sp.Scale, sp.Spread, sp.Ha
 	n.Replicas, n.ScaleStatus = control.ScaledReplicas(sp, old)
 	n.UpdateOrder, n.UpdateParallelism, n.ContainerName, n.Stopped = sp.UpdateOrder, sp.UpdateParallelism, sp.ContainerName, r.NoStart
+	d.applied(n, t)
 	hash := control.ServiceHash(t)
 	switch {
 	case old == nil:

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -39,7 +40,8 @@ func TestRecommendationsAreAppliedWhenAsked(t *testing.T) {
 	}{
 		{&v1.RecommendRequest{Services: []string{"web"}}, errdefs.IsInvalidArgument}, {&v1.RecommendRequest{Apply: true}, errdefs.IsInvalidArgument},
 		{&v1.RecommendRequest{Project: "pool", Services: []string{"nobody"}}, errdefs.IsNotFound}, {&v1.RecommendRequest{Project: "nobody"}, errdefs.IsNotFound},
-		{&v1.RecommendRequest{Project: "../x"}, errdefs.IsInvalidArgument},
+		{&v1.RecommendRequest{Project: "../x"}, errdefs.IsInvalidArgument}, {&v1.RecommendRequest{Undo: true}, errdefs.IsInvalidArgument},
+		{&v1.RecommendRequest{Project: "pool", Apply: true, Undo: true}, errdefs.IsInvalidArgument},
 	} {
 		if _, err := ask(x.r); !x.is(err) {
 			t.Errorf("%v: %v", x.r, err)
@@ -80,4 +82,80 @@ func TestRecommendationsAreAppliedWhenAsked(t *testing.T) {
 	if l, err = ask(&v1.RecommendRequest{Project: "pool", Apply: true}); err != nil || l[0].Applied {
 		t.Error("applied twice:", l, err)
 	}
+	if f := l[0].InForce; f.GetReserved().GetCpuMilli() != 250 || f.GetRequested().GetCpuMilliReservation() != 1000 || f.At.AsTime().IsZero() {
+		t.Error(f)
+	}
+
+	// It lasts: the same file changes nothing, neither does one that asks for the same
+	// CPU and memory.
+	ids := func() (out []string) {
+		for _, c := range b.list(false) {
+			out = append(out, c.Meta.Id)
+		}
+		slices.Sort(out)
+		return out
+	}
+	same := ids()
+	up := func(r *v1.ApplyProjectRequest, actions int, note string) {
+		t.Helper()
+		for range 2 { // the second finds nothing to do
+			a := b.apply(r)
+			if len(a.plan.Actions) != actions || note == "" && len(a.plan.Notes) > 0 || note != "" && (len(a.plan.Notes) != 1 || !strings.Contains(a.plan.Notes[0], note)) {
+				t.Errorf("%d actions, notes %q; not %d and %q", len(a.plan.Actions), a.plan.Notes, actions, note)
+			}
+			if actions > 0 {
+				return
+			}
+		}
+	}
+	reserve := func(milli int64) {
+		t.Helper()
+		for _, c := range b.list(false) {
+			if c.Spec.Resources.CpuMilliReservation != milli {
+				t.Errorf("%s reserves %d", c.Meta.Name, c.Spec.Resources.CpuMilliReservation)
+			}
+		}
+	}
+	up(pool(2), 0, "service web reserves 0.25 CPU, 115MiB, as was recommended and applied at ")
+	b.stop()
+	b.start()
+	up(pool(2), 0, "; the file asks for 1 CPU, 1GiB (`tandem -p pool recommend --undo web` goes back to that)")
+	if now := ids(); !slices.Equal(same, now) {
+		t.Error("containers were replaced:", same, now)
+	}
+	more := pool(2)
+	more.Services[0].Template.Resources.PidsLimit = 100
+	b.apply(more)
+	reserve(250)
+	up(more, 0, "service web reserves 0.25 CPU")
+
+	// The way back, to what the file says now.
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Services: []string{"web"}, Undo: true}); err != nil || !l[0].Undone || l[0].InForce != nil {
+		t.Fatal(l, err)
+	}
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Undo: true}); err != nil || l[0].Undone {
+		t.Error("undone twice:", l, err)
+	}
+	up(more, 0, "")
+	reserve(1000)
+
+	// A file that asks for something else is the author's word.
+	if l, err = ask(&v1.RecommendRequest{Project: "pool", Services: []string{"web"}, Apply: true}); err != nil || !l[0].Applied {
+		t.Fatal(l, err)
+	}
+	b.apply(more)
+	more.Services[0].Template.Resources.CpuMilliReservation = 500
+	more.NoRecreate = true
+	up(more, 0, "")
+	reserve(250)
+	more.NoRecreate, more.PlanOnly = false, true
+	for range 2 { // asking drops nothing
+		if a := b.apply(more); len(a.plan.Notes) != 1 || !strings.Contains(a.plan.Notes[0], "service web reserves what the file asks for, 0.5 CPU, 1GiB: that was changed since 0.25 CPU, 115MiB was recommended") {
+			t.Error(a.plan.Notes)
+		}
+	}
+	more.PlanOnly = false
+	b.apply(more)
+	reserve(500)
+	up(more, 0, "")
 }

@@ -27,7 +27,7 @@ services:
 
 // TestQuestionsAndScaling: questions about a real host are answered and change
 // nothing, a stale plan is refused, and a service that is busy scales by what its
-// guest measures, and says so.
+// guest measures, and says so. What a recommendation said and was applied lasts.
 func TestQuestionsAndScaling(t *testing.T) {
 	h := host.New(t)
 	h.Launch()
@@ -85,6 +85,56 @@ func TestQuestionsAndScaling(t *testing.T) {
 		}
 		return nil
 	})
+	recommendationLasts(t, h, file)
+}
+
+// recommendationLasts: what is applied, the next up leaves as it is; what it was
+// undone to as well. The server is made to believe that it has seen more than it has,
+// which would take an hour.
+func recommendationLasts(t *testing.T, h *host.Host, file string) {
+	h.Stop()
+	usage := filepath.Join(h.State(), "server/usage.json")
+	text, err := os.ReadFile(usage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen map[string]any
+	decode(t, string(text), &seen)
+	for _, s := range seen["services"].(map[string]any) {
+		s.(map[string]any)["samples"], s.(map[string]any)["begin"] = 1000, time.Now().Add(-48*time.Hour).UTC()
+	}
+	if text, err = json.Marshal(seen); err != nil {
+		t.Fatal(err)
+	}
+	write(t, usage, string(text))
+	h.Launch()
+	if out := h.Tandem("-f", file, "recommend", "worker", "--apply"); !strings.Contains(out, "applied; the Compose file asks for 0.1 CPU, 17 MiB") {
+		t.Error(out)
+	}
+	h.Tandem("-f", file, "up")
+	for _, note := range []string{"(`tandem -p busy recommend --undo worker` goes back to that).\n", ""} {
+		before, err := h.Containers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out := h.Tandem("-f", file, "up", "--plan"); !strings.HasSuffix(out, note+"Nothing to change.\n") || note == "" && strings.Contains(out, "Note") {
+			t.Errorf("up after the same file, %q: %s", note, out)
+		}
+		h.Tandem("-f", file, "up")
+		after, err := h.Containers()
+		if err != nil || len(after) != len(before) {
+			t.Errorf("%d containers, there were %d: %v", len(after), len(before), err)
+		}
+		for n, c := range after {
+			if before[n].Meta.ID != c.Meta.ID {
+				t.Errorf("up has replaced %s", n)
+			}
+		}
+		if note != "" {
+			h.Tandem("-f", file, "recommend", "worker", "--undo")
+			h.Tandem("-f", file, "up")
+		}
+	}
 }
 
 func write(t *testing.T, file, text string) {

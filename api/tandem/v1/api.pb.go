@@ -4372,6 +4372,7 @@ type RecommendRequest struct {
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`   // empty: all
 	Services      []string               `protobuf:"bytes,2,rep,name=services,proto3" json:"services,omitempty"` // empty: all of the project
 	Apply         bool                   `protobuf:"varint,3,opt,name=apply,proto3" json:"apply,omitempty"`      // let the services reserve what is recommended
+	Undo          bool                   `protobuf:"varint,4,opt,name=undo,proto3" json:"undo,omitempty"`        // let them reserve again what their Compose file says; not with apply
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4423,6 +4424,13 @@ func (x *RecommendRequest) GetServices() []string {
 func (x *RecommendRequest) GetApply() bool {
 	if x != nil {
 		return x.Apply
+	}
+	return false
+}
+
+func (x *RecommendRequest) GetUndo() bool {
+	if x != nil {
+		return x.Undo
 	}
 	return false
 }
@@ -4484,9 +4492,11 @@ type Recommendation struct {
 	CpuP95Milli    int64                  `protobuf:"varint,8,opt,name=cpu_p95_milli,json=cpuP95Milli,proto3" json:"cpu_p95_milli,omitempty"`
 	MemoryP99Bytes int64                  `protobuf:"varint,9,opt,name=memory_p99_bytes,json=memoryP99Bytes,proto3" json:"memory_p99_bytes,omitempty"`
 	MemoryMaxBytes int64                  `protobuf:"varint,10,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"`
-	Text           string                 `protobuf:"bytes,11,opt,name=text,proto3" json:"text,omitempty"`      // one sentence
-	Enough         bool                   `protobuf:"varint,12,opt,name=enough,proto3" json:"enough,omitempty"` // samples and span are enough to rely on
-	Applied        bool                   `protobuf:"varint,13,opt,name=applied,proto3" json:"applied,omitempty"`
+	Text           string                 `protobuf:"bytes,11,opt,name=text,proto3" json:"text,omitempty"`                      // one sentence
+	Enough         bool                   `protobuf:"varint,12,opt,name=enough,proto3" json:"enough,omitempty"`                 // samples and span are enough to rely on
+	Applied        bool                   `protobuf:"varint,13,opt,name=applied,proto3" json:"applied,omitempty"`               // by this request
+	Undone         bool                   `protobuf:"varint,14,opt,name=undone,proto3" json:"undone,omitempty"`                 // by this request
+	InForce        *AppliedRecommendation `protobuf:"bytes,15,opt,name=in_force,json=inForce,proto3" json:"in_force,omitempty"` // applied by this request or an earlier one
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -4610,6 +4620,20 @@ func (x *Recommendation) GetApplied() bool {
 		return x.Applied
 	}
 	return false
+}
+
+func (x *Recommendation) GetUndone() bool {
+	if x != nil {
+		return x.Undone
+	}
+	return false
+}
+
+func (x *Recommendation) GetInForce() *AppliedRecommendation {
+	if x != nil {
+		return x.InForce
+	}
+	return nil
 }
 
 type ListStateRequest struct {
@@ -4977,6 +5001,7 @@ type Plan struct {
 	Unplaced      []*Unplaced            `protobuf:"bytes,3,rep,name=unplaced,proto3" json:"unplaced,omitempty"`
 	Warnings      []string               `protobuf:"bytes,4,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	Totals        *PlanTotals            `protobuf:"bytes,5,opt,name=totals,proto3" json:"totals,omitempty"`
+	Notes         []string               `protobuf:"bytes,6,rep,name=notes,proto3" json:"notes,omitempty"` // what is used in the place of what the request says, and why
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5042,6 +5067,13 @@ func (x *Plan) GetWarnings() []string {
 func (x *Plan) GetTotals() *PlanTotals {
 	if x != nil {
 		return x.Totals
+	}
+	return nil
+}
+
+func (x *Plan) GetNotes() []string {
+	if x != nil {
+		return x.Notes
 	}
 	return nil
 }
@@ -5707,13 +5739,14 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\bquestion\x18\x01 \x01(\v2\x15.tandem.v1.AskRequestR\bquestion\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"7\n" +
 	"\x10CarryOutResponse\x12#\n" +
-	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\"^\n" +
+	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\"r\n" +
 	"\x10RecommendRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x1a\n" +
 	"\bservices\x18\x02 \x03(\tR\bservices\x12\x14\n" +
-	"\x05apply\x18\x03 \x01(\bR\x05apply\"X\n" +
+	"\x05apply\x18\x03 \x01(\bR\x05apply\x12\x12\n" +
+	"\x04undo\x18\x04 \x01(\bR\x04undo\"X\n" +
 	"\x11RecommendResponse\x12C\n" +
-	"\x0frecommendations\x18\x01 \x03(\v2\x19.tandem.v1.RecommendationR\x0frecommendations\"\xcf\x03\n" +
+	"\x0frecommendations\x18\x01 \x03(\v2\x19.tandem.v1.RecommendationR\x0frecommendations\"\xa4\x04\n" +
 	"\x0eRecommendation\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12+\n" +
@@ -5728,7 +5761,9 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	" \x01(\x03R\x0ememoryMaxBytes\x12\x12\n" +
 	"\x04text\x18\v \x01(\tR\x04text\x12\x16\n" +
 	"\x06enough\x18\f \x01(\bR\x06enough\x12\x18\n" +
-	"\aapplied\x18\r \x01(\bR\aapplied\"\x12\n" +
+	"\aapplied\x18\r \x01(\bR\aapplied\x12\x16\n" +
+	"\x06undone\x18\x0e \x01(\bR\x06undone\x12;\n" +
+	"\bin_force\x18\x0f \x01(\v2 .tandem.v1.AppliedRecommendationR\ainForce\"\x12\n" +
 	"\x10ListStateRequest\"\xa1\x01\n" +
 	"\x11ListStateResponse\x12;\n" +
 	"\n" +
@@ -5752,13 +5787,14 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x12PurgeStateResponse\"\x14\n" +
 	"\x12BackupStateRequest\")\n" +
 	"\x13BackupStateResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xcf\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xe5\x01\n" +
 	"\x04Plan\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12/\n" +
 	"\aactions\x18\x02 \x03(\v2\x15.tandem.v1.PlanActionR\aactions\x12/\n" +
 	"\bunplaced\x18\x03 \x03(\v2\x13.tandem.v1.UnplacedR\bunplaced\x12\x1a\n" +
 	"\bwarnings\x18\x04 \x03(\tR\bwarnings\x12-\n" +
-	"\x06totals\x18\x05 \x01(\v2\x15.tandem.v1.PlanTotalsR\x06totals\"\xf7\x02\n" +
+	"\x06totals\x18\x05 \x01(\v2\x15.tandem.v1.PlanTotalsR\x06totals\x12\x14\n" +
+	"\x05notes\x18\x06 \x03(\tR\x05notes\"\xf7\x02\n" +
 	"\n" +
 	"PlanTotals\x12'\n" +
 	"\x0fcontainer_moves\x18\x01 \x01(\x05R\x0econtainerMoves\x12#\n" +
@@ -5984,19 +6020,20 @@ var file_tandem_v1_api_proto_goTypes = []any{
 	(*timestamppb.Timestamp)(nil),    // 112: google.protobuf.Timestamp
 	(*Host)(nil),                     // 113: tandem.v1.Host
 	(*Reason)(nil),                   // 114: tandem.v1.Reason
-	(*StreamInput)(nil),              // 115: tandem.v1.StreamInput
-	(*ImageChunk)(nil),               // 116: tandem.v1.ImageChunk
-	(*AgentTagImageRequest)(nil),     // 117: tandem.v1.AgentTagImageRequest
-	(*AgentPruneImagesRequest)(nil),  // 118: tandem.v1.AgentPruneImagesRequest
-	(*DoctorRequest)(nil),            // 119: tandem.v1.DoctorRequest
-	(*StreamOutput)(nil),             // 120: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 121: tandem.v1.LogEntry
-	(*LoadProgress)(nil),             // 122: tandem.v1.LoadProgress
-	(*AgentRemoveImageResponse)(nil), // 123: tandem.v1.AgentRemoveImageResponse
-	(*AgentTagImageResponse)(nil),    // 124: tandem.v1.AgentTagImageResponse
-	(*AgentPruneImagesResponse)(nil), // 125: tandem.v1.AgentPruneImagesResponse
-	(*DoctorResponse)(nil),           // 126: tandem.v1.DoctorResponse
-	(*Event)(nil),                    // 127: tandem.v1.Event
+	(*AppliedRecommendation)(nil),    // 115: tandem.v1.AppliedRecommendation
+	(*StreamInput)(nil),              // 116: tandem.v1.StreamInput
+	(*ImageChunk)(nil),               // 117: tandem.v1.ImageChunk
+	(*AgentTagImageRequest)(nil),     // 118: tandem.v1.AgentTagImageRequest
+	(*AgentPruneImagesRequest)(nil),  // 119: tandem.v1.AgentPruneImagesRequest
+	(*DoctorRequest)(nil),            // 120: tandem.v1.DoctorRequest
+	(*StreamOutput)(nil),             // 121: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 122: tandem.v1.LogEntry
+	(*LoadProgress)(nil),             // 123: tandem.v1.LoadProgress
+	(*AgentRemoveImageResponse)(nil), // 124: tandem.v1.AgentRemoveImageResponse
+	(*AgentTagImageResponse)(nil),    // 125: tandem.v1.AgentTagImageResponse
+	(*AgentPruneImagesResponse)(nil), // 126: tandem.v1.AgentPruneImagesResponse
+	(*DoctorResponse)(nil),           // 127: tandem.v1.DoctorResponse
+	(*Event)(nil),                    // 128: tandem.v1.Event
 }
 var file_tandem_v1_api_proto_depIdxs = []int32{
 	1,   // 0: tandem.v1.ApplyProjectRequest.services:type_name -> tandem.v1.ServiceSpec
@@ -6077,123 +6114,124 @@ var file_tandem_v1_api_proto_depIdxs = []int32{
 	107, // 75: tandem.v1.Recommendation.reserved:type_name -> tandem.v1.Size
 	107, // 76: tandem.v1.Recommendation.recommended:type_name -> tandem.v1.Size
 	93,  // 77: tandem.v1.Recommendation.span:type_name -> google.protobuf.Duration
-	78,  // 78: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
-	85,  // 79: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
-	86,  // 80: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
-	84,  // 81: tandem.v1.Plan.totals:type_name -> tandem.v1.PlanTotals
-	107, // 82: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
-	107, // 83: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
-	114, // 84: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
-	114, // 85: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
-	0,   // 86: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
-	6,   // 87: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
-	7,   // 88: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
-	9,   // 89: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
-	11,  // 90: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
-	13,  // 91: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
-	12,  // 92: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
-	16,  // 93: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
-	18,  // 94: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
-	20,  // 95: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
-	20,  // 96: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
-	22,  // 97: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
-	24,  // 98: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
-	26,  // 99: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
-	28,  // 100: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
-	29,  // 101: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
-	115, // 102: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
-	115, // 103: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
-	31,  // 104: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
-	32,  // 105: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
-	12,  // 106: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
-	37,  // 107: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
-	36,  // 108: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
-	39,  // 109: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
-	36,  // 110: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
-	36,  // 111: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
-	36,  // 112: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
-	40,  // 113: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
-	115, // 114: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
-	41,  // 115: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
-	43,  // 116: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
-	116, // 117: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
-	44,  // 118: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
-	45,  // 119: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
-	117, // 120: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
-	118, // 121: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
-	47,  // 122: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
-	46,  // 123: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
-	49,  // 124: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
-	50,  // 125: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
-	52,  // 126: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
-	119, // 127: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
-	54,  // 128: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
-	55,  // 129: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
-	57,  // 130: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
-	12,  // 131: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
-	59,  // 132: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
-	71,  // 133: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
-	73,  // 134: tandem.v1.SystemService.Recommend:input_type -> tandem.v1.RecommendRequest
-	76,  // 135: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
-	79,  // 136: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
-	81,  // 137: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
-	4,   // 138: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
-	96,  // 139: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
-	8,   // 140: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
-	10,  // 141: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
-	96,  // 142: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
-	14,  // 143: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
-	97,  // 144: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
-	97,  // 145: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
-	19,  // 146: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
-	21,  // 147: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
-	21,  // 148: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
-	23,  // 149: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
-	25,  // 150: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
-	27,  // 151: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
-	97,  // 152: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
-	30,  // 153: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
-	120, // 154: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
-	120, // 155: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
-	121, // 156: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
-	33,  // 157: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
-	35,  // 158: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
-	38,  // 159: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
-	98,  // 160: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
-	98,  // 161: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
-	98,  // 162: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
-	98,  // 163: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
-	36,  // 164: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
-	98,  // 165: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
-	120, // 166: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
-	42,  // 167: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
-	96,  // 168: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
-	122, // 169: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
-	116, // 170: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
-	123, // 171: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
-	124, // 172: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
-	125, // 173: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
-	48,  // 174: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
-	111, // 175: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
-	111, // 176: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
-	51,  // 177: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
-	53,  // 178: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
-	126, // 179: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
-	127, // 180: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
-	56,  // 181: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
-	83,  // 182: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
-	58,  // 183: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
-	68,  // 184: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
-	72,  // 185: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
-	74,  // 186: tandem.v1.SystemService.Recommend:output_type -> tandem.v1.RecommendResponse
-	77,  // 187: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
-	80,  // 188: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
-	82,  // 189: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
-	138, // [138:190] is the sub-list for method output_type
-	86,  // [86:138] is the sub-list for method input_type
-	86,  // [86:86] is the sub-list for extension type_name
-	86,  // [86:86] is the sub-list for extension extendee
-	0,   // [0:86] is the sub-list for field type_name
+	115, // 78: tandem.v1.Recommendation.in_force:type_name -> tandem.v1.AppliedRecommendation
+	78,  // 79: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
+	85,  // 80: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
+	86,  // 81: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
+	84,  // 82: tandem.v1.Plan.totals:type_name -> tandem.v1.PlanTotals
+	107, // 83: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
+	107, // 84: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
+	114, // 85: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
+	114, // 86: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
+	0,   // 87: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
+	6,   // 88: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
+	7,   // 89: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
+	9,   // 90: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
+	11,  // 91: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
+	13,  // 92: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
+	12,  // 93: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
+	16,  // 94: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
+	18,  // 95: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
+	20,  // 96: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
+	20,  // 97: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
+	22,  // 98: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
+	24,  // 99: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
+	26,  // 100: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
+	28,  // 101: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
+	29,  // 102: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
+	116, // 103: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
+	116, // 104: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
+	31,  // 105: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
+	32,  // 106: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
+	12,  // 107: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
+	37,  // 108: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
+	36,  // 109: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
+	39,  // 110: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
+	36,  // 111: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
+	36,  // 112: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
+	36,  // 113: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
+	40,  // 114: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
+	116, // 115: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
+	41,  // 116: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
+	43,  // 117: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
+	117, // 118: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
+	44,  // 119: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
+	45,  // 120: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
+	118, // 121: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
+	119, // 122: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
+	47,  // 123: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
+	46,  // 124: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
+	49,  // 125: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
+	50,  // 126: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
+	52,  // 127: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
+	120, // 128: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
+	54,  // 129: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
+	55,  // 130: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
+	57,  // 131: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
+	12,  // 132: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
+	59,  // 133: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
+	71,  // 134: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
+	73,  // 135: tandem.v1.SystemService.Recommend:input_type -> tandem.v1.RecommendRequest
+	76,  // 136: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
+	79,  // 137: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
+	81,  // 138: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
+	4,   // 139: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
+	96,  // 140: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
+	8,   // 141: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
+	10,  // 142: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
+	96,  // 143: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
+	14,  // 144: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
+	97,  // 145: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
+	97,  // 146: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
+	19,  // 147: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
+	21,  // 148: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
+	21,  // 149: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
+	23,  // 150: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
+	25,  // 151: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
+	27,  // 152: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
+	97,  // 153: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
+	30,  // 154: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
+	121, // 155: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
+	121, // 156: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
+	122, // 157: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
+	33,  // 158: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
+	35,  // 159: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
+	38,  // 160: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
+	98,  // 161: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
+	98,  // 162: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
+	98,  // 163: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
+	98,  // 164: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
+	36,  // 165: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
+	98,  // 166: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
+	121, // 167: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
+	42,  // 168: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
+	96,  // 169: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
+	123, // 170: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
+	117, // 171: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
+	124, // 172: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
+	125, // 173: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
+	126, // 174: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
+	48,  // 175: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
+	111, // 176: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
+	111, // 177: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
+	51,  // 178: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
+	53,  // 179: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
+	127, // 180: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
+	128, // 181: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
+	56,  // 182: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
+	83,  // 183: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
+	58,  // 184: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
+	68,  // 185: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
+	72,  // 186: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
+	74,  // 187: tandem.v1.SystemService.Recommend:output_type -> tandem.v1.RecommendResponse
+	77,  // 188: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
+	80,  // 189: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
+	82,  // 190: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
+	139, // [139:191] is the sub-list for method output_type
+	87,  // [87:139] is the sub-list for method input_type
+	87,  // [87:87] is the sub-list for extension type_name
+	87,  // [87:87] is the sub-list for extension extendee
+	0,   // [0:87] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_api_proto_init() }

@@ -295,6 +295,7 @@ type Service struct {
 	Stopped           bool                   `protobuf:"varint,12,opt,name=stopped,proto3" json:"stopped,omitempty"`                                 // intent of `tandem stop`
 	ContainerName     string                 `protobuf:"bytes,13,opt,name=container_name,json=containerName,proto3" json:"container_name,omitempty"` // fixed name of its only container; empty = project-service-N
 	ScaleStatus       *ScaleStatus           `protobuf:"bytes,14,opt,name=scale_status,json=scaleStatus,proto3" json:"scale_status,omitempty"`       // with scale: written by the server
+	Applied           *AppliedRecommendation `protobuf:"bytes,15,opt,name=applied,proto3" json:"applied,omitempty"`                                  // in template already
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -427,6 +428,75 @@ func (x *Service) GetScaleStatus() *ScaleStatus {
 	return nil
 }
 
+func (x *Service) GetApplied() *AppliedRecommendation {
+	if x != nil {
+		return x.Applied
+	}
+	return nil
+}
+
+// AppliedRecommendation is what a service reserves in the place of what its Compose
+// file says, until the file says something else.
+type AppliedRecommendation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reserved      *Size                  `protobuf:"bytes,1,opt,name=reserved,proto3" json:"reserved,omitempty"`   // a dimension of 0: as the file says
+	Requested     *Resources             `protobuf:"bytes,2,opt,name=requested,proto3" json:"requested,omitempty"` // by the file, when it was applied
+	At            *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppliedRecommendation) Reset() {
+	*x = AppliedRecommendation{}
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppliedRecommendation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppliedRecommendation) ProtoMessage() {}
+
+func (x *AppliedRecommendation) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppliedRecommendation.ProtoReflect.Descriptor instead.
+func (*AppliedRecommendation) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AppliedRecommendation) GetReserved() *Size {
+	if x != nil {
+		return x.Reserved
+	}
+	return nil
+}
+
+func (x *AppliedRecommendation) GetRequested() *Resources {
+	if x != nil {
+		return x.Requested
+	}
+	return nil
+}
+
+func (x *AppliedRecommendation) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 // ScaleStatus is why a service that scales by itself has as many containers.
 type ScaleStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -440,7 +510,7 @@ type ScaleStatus struct {
 
 func (x *ScaleStatus) Reset() {
 	*x = ScaleStatus{}
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -452,7 +522,7 @@ func (x *ScaleStatus) String() string {
 func (*ScaleStatus) ProtoMessage() {}
 
 func (x *ScaleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -465,7 +535,7 @@ func (x *ScaleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScaleStatus.ProtoReflect.Descriptor instead.
 func (*ScaleStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ScaleStatus) GetFrom() int32 {
@@ -509,7 +579,7 @@ type ScalePolicy struct {
 
 func (x *ScalePolicy) Reset() {
 	*x = ScalePolicy{}
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +591,7 @@ func (x *ScalePolicy) String() string {
 func (*ScalePolicy) ProtoMessage() {}
 
 func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +604,7 @@ func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScalePolicy.ProtoReflect.Descriptor instead.
 func (*ScalePolicy) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ScalePolicy) GetMin() int32 {
@@ -598,7 +668,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -610,7 +680,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -623,7 +693,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Container) GetMeta() *Meta {
@@ -743,7 +813,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -755,7 +825,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -768,7 +838,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Assignment) GetHostId() string {
@@ -839,7 +909,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -851,7 +921,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -864,7 +934,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Reason) GetSummary() string {
@@ -904,7 +974,7 @@ type Option struct {
 
 func (x *Option) Reset() {
 	*x = Option{}
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +986,7 @@ func (x *Option) String() string {
 func (*Option) ProtoMessage() {}
 
 func (x *Option) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +999,7 @@ func (x *Option) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Option.ProtoReflect.Descriptor instead.
 func (*Option) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Option) GetAction() string {
@@ -1000,7 +1070,7 @@ type Exclusion struct {
 
 func (x *Exclusion) Reset() {
 	*x = Exclusion{}
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1012,7 +1082,7 @@ func (x *Exclusion) String() string {
 func (*Exclusion) ProtoMessage() {}
 
 func (x *Exclusion) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1025,7 +1095,7 @@ func (x *Exclusion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exclusion.ProtoReflect.Descriptor instead.
 func (*Exclusion) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Exclusion) GetRule() string {
@@ -1078,7 +1148,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1160,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1173,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Machine) GetMeta() *Meta {
@@ -1212,7 +1282,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1294,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1307,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Volume) GetMeta() *Meta {
@@ -1303,7 +1373,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_tandem_v1_records_proto_msgTypes[13]
+	mi := &file_tandem_v1_records_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1385,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[13]
+	mi := &file_tandem_v1_records_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1398,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{13}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Host) GetMeta() *Meta {
@@ -1401,7 +1471,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v2\x1e.tandem.v1.Network.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc4\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x80\x05\n" +
 	"\aService\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
@@ -1417,10 +1487,15 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x02ha\x18\v \x01(\bR\x02ha\x12\x18\n" +
 	"\astopped\x18\f \x01(\bR\astopped\x12%\n" +
 	"\x0econtainer_name\x18\r \x01(\tR\rcontainerName\x129\n" +
-	"\fscale_status\x18\x0e \x01(\v2\x16.tandem.v1.ScaleStatusR\vscaleStatus\x1a9\n" +
+	"\fscale_status\x18\x0e \x01(\v2\x16.tandem.v1.ScaleStatusR\vscaleStatus\x12:\n" +
+	"\aapplied\x18\x0f \x01(\v2 .tandem.v1.AppliedRecommendationR\aapplied\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa4\x01\n" +
+	"\x15AppliedRecommendation\x12+\n" +
+	"\breserved\x18\x01 \x01(\v2\x0f.tandem.v1.SizeR\breserved\x122\n" +
+	"\trequested\x18\x02 \x01(\v2\x14.tandem.v1.ResourcesR\trequested\x12*\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"u\n" +
 	"\vScaleStatus\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\x05R\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x05R\x02to\x12\x16\n" +
@@ -1534,81 +1609,87 @@ func file_tandem_v1_records_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_records_proto_rawDescData
 }
 
-var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_tandem_v1_records_proto_goTypes = []any{
 	(*Meta)(nil),                  // 0: tandem.v1.Meta
 	(*Project)(nil),               // 1: tandem.v1.Project
 	(*Network)(nil),               // 2: tandem.v1.Network
 	(*Service)(nil),               // 3: tandem.v1.Service
-	(*ScaleStatus)(nil),           // 4: tandem.v1.ScaleStatus
-	(*ScalePolicy)(nil),           // 5: tandem.v1.ScalePolicy
-	(*Container)(nil),             // 6: tandem.v1.Container
-	(*Assignment)(nil),            // 7: tandem.v1.Assignment
-	(*Reason)(nil),                // 8: tandem.v1.Reason
-	(*Option)(nil),                // 9: tandem.v1.Option
-	(*Exclusion)(nil),             // 10: tandem.v1.Exclusion
-	(*Machine)(nil),               // 11: tandem.v1.Machine
-	(*Volume)(nil),                // 12: tandem.v1.Volume
-	(*Host)(nil),                  // 13: tandem.v1.Host
-	nil,                           // 14: tandem.v1.Project.LabelsEntry
-	nil,                           // 15: tandem.v1.Network.LabelsEntry
-	nil,                           // 16: tandem.v1.Service.LabelsEntry
-	nil,                           // 17: tandem.v1.Option.TermsEntry
-	nil,                           // 18: tandem.v1.Volume.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*ContainerSpec)(nil),         // 20: tandem.v1.ContainerSpec
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
-	(*ContainerStatus)(nil),       // 22: tandem.v1.ContainerStatus
-	(*PortMapping)(nil),           // 23: tandem.v1.PortMapping
-	(*NetworkAddress)(nil),        // 24: tandem.v1.NetworkAddress
-	(Isolation)(0),                // 25: tandem.v1.Isolation
-	(*Size)(nil),                  // 26: tandem.v1.Size
-	(*MachineStatus)(nil),         // 27: tandem.v1.MachineStatus
-	(*VolumeStatus)(nil),          // 28: tandem.v1.VolumeStatus
-	(*HostFacts)(nil),             // 29: tandem.v1.HostFacts
+	(*AppliedRecommendation)(nil), // 4: tandem.v1.AppliedRecommendation
+	(*ScaleStatus)(nil),           // 5: tandem.v1.ScaleStatus
+	(*ScalePolicy)(nil),           // 6: tandem.v1.ScalePolicy
+	(*Container)(nil),             // 7: tandem.v1.Container
+	(*Assignment)(nil),            // 8: tandem.v1.Assignment
+	(*Reason)(nil),                // 9: tandem.v1.Reason
+	(*Option)(nil),                // 10: tandem.v1.Option
+	(*Exclusion)(nil),             // 11: tandem.v1.Exclusion
+	(*Machine)(nil),               // 12: tandem.v1.Machine
+	(*Volume)(nil),                // 13: tandem.v1.Volume
+	(*Host)(nil),                  // 14: tandem.v1.Host
+	nil,                           // 15: tandem.v1.Project.LabelsEntry
+	nil,                           // 16: tandem.v1.Network.LabelsEntry
+	nil,                           // 17: tandem.v1.Service.LabelsEntry
+	nil,                           // 18: tandem.v1.Option.TermsEntry
+	nil,                           // 19: tandem.v1.Volume.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*ContainerSpec)(nil),         // 21: tandem.v1.ContainerSpec
+	(*Size)(nil),                  // 22: tandem.v1.Size
+	(*Resources)(nil),             // 23: tandem.v1.Resources
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(*ContainerStatus)(nil),       // 25: tandem.v1.ContainerStatus
+	(*PortMapping)(nil),           // 26: tandem.v1.PortMapping
+	(*NetworkAddress)(nil),        // 27: tandem.v1.NetworkAddress
+	(Isolation)(0),                // 28: tandem.v1.Isolation
+	(*MachineStatus)(nil),         // 29: tandem.v1.MachineStatus
+	(*VolumeStatus)(nil),          // 30: tandem.v1.VolumeStatus
+	(*HostFacts)(nil),             // 31: tandem.v1.HostFacts
 }
 var file_tandem_v1_records_proto_depIdxs = []int32{
-	19, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
+	20, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 1: tandem.v1.Project.meta:type_name -> tandem.v1.Meta
-	14, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
+	15, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
 	0,  // 3: tandem.v1.Network.meta:type_name -> tandem.v1.Meta
-	15, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
+	16, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
 	0,  // 5: tandem.v1.Service.meta:type_name -> tandem.v1.Meta
-	20, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
-	16, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
-	5,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
-	4,  // 9: tandem.v1.Service.scale_status:type_name -> tandem.v1.ScaleStatus
-	19, // 10: tandem.v1.ScaleStatus.at:type_name -> google.protobuf.Timestamp
-	0,  // 11: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
-	20, // 12: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
-	21, // 13: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
-	7,  // 14: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
-	22, // 15: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
-	8,  // 16: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
-	19, // 17: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
-	23, // 18: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
-	24, // 19: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
-	9,  // 20: tandem.v1.Reason.options:type_name -> tandem.v1.Option
-	10, // 21: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
-	17, // 22: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
-	0,  // 23: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
-	25, // 24: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
-	26, // 25: tandem.v1.Machine.size:type_name -> tandem.v1.Size
-	26, // 26: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
-	27, // 27: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
-	8,  // 28: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
-	26, // 29: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
-	0,  // 30: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
-	18, // 31: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
-	28, // 32: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
-	0,  // 33: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
-	29, // 34: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
-	19, // 35: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	21, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
+	17, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
+	6,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
+	5,  // 9: tandem.v1.Service.scale_status:type_name -> tandem.v1.ScaleStatus
+	4,  // 10: tandem.v1.Service.applied:type_name -> tandem.v1.AppliedRecommendation
+	22, // 11: tandem.v1.AppliedRecommendation.reserved:type_name -> tandem.v1.Size
+	23, // 12: tandem.v1.AppliedRecommendation.requested:type_name -> tandem.v1.Resources
+	20, // 13: tandem.v1.AppliedRecommendation.at:type_name -> google.protobuf.Timestamp
+	20, // 14: tandem.v1.ScaleStatus.at:type_name -> google.protobuf.Timestamp
+	0,  // 15: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
+	21, // 16: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
+	24, // 17: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
+	8,  // 18: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
+	25, // 19: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
+	9,  // 20: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
+	20, // 21: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
+	26, // 22: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
+	27, // 23: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
+	10, // 24: tandem.v1.Reason.options:type_name -> tandem.v1.Option
+	11, // 25: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
+	18, // 26: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
+	0,  // 27: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
+	28, // 28: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
+	22, // 29: tandem.v1.Machine.size:type_name -> tandem.v1.Size
+	22, // 30: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
+	29, // 31: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
+	9,  // 32: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
+	22, // 33: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
+	0,  // 34: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
+	19, // 35: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
+	30, // 36: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
+	0,  // 37: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
+	31, // 38: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
+	20, // 39: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
+	40, // [40:40] is the sub-list for method output_type
+	40, // [40:40] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_records_proto_init() }
@@ -1624,7 +1705,7 @@ func file_tandem_v1_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_records_proto_rawDesc), len(file_tandem_v1_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
