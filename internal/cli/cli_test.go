@@ -207,7 +207,12 @@ func TestJSONIsAnArrayInSnakeCaseWithoutSecrets(t *testing.T) {
 func TestRunSendsWhatWasAskedAndEndsAsTheContainerDid(t *testing.T) {
 	f := &fakeServer{}
 	tandem := start(t, f)
-	out, errs, code := tandem("", "run", "--rm", "-p", "127.0.0.1:8080:80/tcp", "-v", "data:/d:ro", "-m", "64m", "--cpus", "0.5", "-e", "A=b", "--isolation", "own", "busybox", "sh", "-c", "exit 7")
+	profile := filepath.Join(t.TempDir(), "profile.json")
+	if err := os.WriteFile(profile, []byte("{\n\t\"defaultAction\": \"SCMP_ACT_LOG\"\n}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := tandem("", "run", "--rm", "-p", "127.0.0.1:8080:80/tcp", "-v", "data:/d:ro", "-m", "64m", "--cpus", "0.5", "-e", "A=b", "--security-opt", "no-new-privileges",
+		"--security-opt", "seccomp="+profile, "--isolation", "own", "busybox", "sh", "-c", "exit 7")
 	if out != "out\n" || errs != "err\n" || code != 7 {
 		t.Errorf("out %q, err %q, code %d", out, errs, code)
 	}
@@ -215,6 +220,9 @@ func TestRunSendsWhatWasAskedAndEndsAsTheContainerDid(t *testing.T) {
 	if s.GetResources().GetMemoryBytesLimit() != 64<<20 || s.GetResources().GetCpuMilliLimit() != 500 || !s.GetAutoRemove() ||
 		s.GetIsolation() != v1.Isolation_ISOLATION_OWN || strings.Join(s.GetCommand().GetValues(), " ") != "sh -c exit 7" {
 		t.Errorf("spec %v", s)
+	}
+	if o := s.GetSecurityOpt(); len(o) != 2 || o[0] != "no-new-privileges" || o[1] != `seccomp={"defaultAction":"SCMP_ACT_LOG"}` {
+		t.Errorf("security options %q", o)
 	}
 	if p := s.GetPorts(); len(p) != 1 || p[0].HostIp != "127.0.0.1" || p[0].HostPort != 8080 || p[0].ContainerPort != 80 {
 		t.Errorf("ports %v", p)
@@ -248,6 +256,8 @@ func TestErrorsTellTheNextStep(t *testing.T) {
 		{[]string{"ps", "--nope"}, ExitUsage, "unknown flag"},
 		{[]string{"ps", "--format", "xml"}, ExitUsage, "text or json"},
 		{[]string{"run", "--restart", "maybe", "x"}, ExitUsage, "unless-stopped"},
+		{[]string{"run", "--security-opt", "seccomp=/nowhere/profile.json", "x"}, ExitUsage, "seccomp profile /nowhere/profile.json: there is no such file"},
+		{[]string{"run", "--security-opt", "colour=blue", "x"}, ExitUsage, "not known"},
 		{[]string{"run", "-p", "80:80:80:80", "x"}, ExitUsage, "--publish"},
 		{[]string{"-H", "unix:///nowhere/tandem.sock", "ps"}, ExitFailed, "sudo tandem serve"},
 		{[]string{"-H", "tcp://1.2.3.4", "ps"}, ExitUsage, "unix://"},

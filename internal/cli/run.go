@@ -51,7 +51,7 @@ func (a *app) run() *cobra.Command {
 	f.StringArrayVarP(&r.label, "label", "l", nil, "NAME=VALUE")
 	f.StringArrayVar(&r.capAdd, "cap-add", nil, "capability to add")
 	f.StringArrayVar(&r.capDrop, "cap-drop", nil, "capability to drop")
-	f.StringArrayVar(&r.securityOpt, "security-opt", nil, "no-new-privileges, seccomp=unconfined, ...")
+	f.StringArrayVar(&r.securityOpt, "security-opt", nil, "no-new-privileges, seccomp=unconfined, seccomp=FILE (a profile in Docker's format), ...")
 	f.StringArrayVar(&r.ulimit, "ulimit", nil, "NAME=SOFT[:HARD]")
 	f.StringArrayVar(&r.device, "device", nil, "/dev/x[:/dev/y[:rwm]]")
 	f.StringArrayVar(&r.addHost, "add-host", nil, "name:ip")

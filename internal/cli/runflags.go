@@ -4,11 +4,14 @@ import (
 	"net"
 	"os"
 	"path"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"tandem/api/resource"
+	"tandem/api/secopt"
 	v1 "tandem/api/tandem/v1"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -32,7 +35,7 @@ func (r *runFlags) spec(args []string) (*v1.ContainerSpec, error) {
 	s := &v1.ContainerSpec{
 		Image: args[0], User: r.user, WorkingDir: r.workdir, Hostname: r.hostname, Tty: r.tty,
 		StdinOpen: r.interactive, StdinOnce: r.interactive && !r.detach, ReadOnly: r.readOnly, Privileged: r.privileged, Init: r.init,
-		CapAdd: r.capAdd, CapDrop: r.capDrop, SecurityOpt: r.securityOpt, GroupAdd: r.groupAdd,
+		CapAdd: r.capAdd, CapDrop: r.capDrop, SecurityOpt: slices.Clone(r.securityOpt), GroupAdd: r.groupAdd,
 		ExtraHosts: r.addHost, Dns: r.dns, DnsSearch: r.dnsSearch, StopSignal: r.stopSignal, PullPolicy: r.pull,
 		StopGracePeriod: durationpb.New(time.Duration(r.stopTimeout) * time.Second), AutoRemove: r.rm, Platform: r.platform,
 		Resources: &v1.Resources{CpuShares: r.cpuShares, PidsLimit: r.pids},
@@ -136,6 +139,14 @@ func (r *runFlags) lists(s *v1.ContainerSpec) error {
 		return m, nil
 	}
 	var err error
+	for i, o := range s.SecurityOpt {
+		if s.SecurityOpt[i], err = secopt.Load(o, filepath.Abs); err == nil {
+			err = secopt.Check(s.SecurityOpt[i])
+		}
+		if err != nil {
+			return usageError("--security-opt: %v", err)
+		}
+	}
 	if s.Labels, err = pairs("label", r.label); err != nil {
 		return err
 	}

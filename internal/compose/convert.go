@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"tandem/api/scaling"
+	"tandem/api/secopt"
 	v1 "tandem/api/tandem/v1"
 )
 
@@ -196,20 +197,25 @@ func (c *converter) pullPolicy(a at, p string) string {
 func (c *converter) security(a at, list []string) []string {
 	var out []string
 	for _, o := range list {
-		k, v, ok := strings.Cut(o, "=")
-		if !ok {
-			k, v, _ = strings.Cut(o, ":")
-		}
+		k, v := secopt.Split(o)
 		switch {
 		case k == "no-new-privileges" && (v == "" || v == "true"):
 			out = append(out, "no-new-privileges")
 		case k == "no-new-privileges" && v == "false":
 		case k == "seccomp" && v == "unconfined":
 			out = append(out, "seccomp=unconfined")
+		case k == "seccomp" && v == "builtin":
+		case k == "seccomp" && v != "" && !strings.HasPrefix(v, "{"):
+			loaded, err := secopt.Load(o, func(p string) (string, error) { return c.project.RelativePath(p), nil })
+			if err != nil {
+				a.bad("%v", err)
+				continue
+			}
+			out = append(out, loaded)
 		case k == "apparmor" && v == "unconfined", k == "label" && v == "disable":
 			a.note("%q changes nothing: that security module is not used", o)
 		default:
-			a.bad("%q is not supported; use no-new-privileges or seccomp=unconfined", o)
+			a.bad("%q is not supported; use no-new-privileges, seccomp=unconfined or seccomp=FILE", o)
 		}
 	}
 	return out

@@ -134,7 +134,7 @@ var fields = []field{
 	{"services.*.runtime", taken, "runc only"},
 	{"services.*.scale", taken, ""},
 	{"services.*.secrets", taken, "1 MiB each"},
-	{"services.*.security_opt", taken, "no-new-privileges, seccomp=unconfined, apparmor=unconfined, label=disable"},
+	{"services.*.security_opt", taken, "no-new-privileges, seccomp=unconfined, seccomp=FILE (1 MiB), apparmor=unconfined, label=disable"},
 	{"services.*.shm_size", taken, ""},
 	{"services.*.stdin_open", taken, ""},
 	{"services.*.stop_grace_period", taken, ""},

@@ -236,13 +236,13 @@ func TestApplySaysAllThatIsWrong(t *testing.T) {
 	b := newBed(t, Options{})
 	_, err := b.tryApply(&v1.ApplyProjectRequest{Project: "p", Services: []*v1.ServiceSpec{
 		{Name: "a", Replicas: 2, ContainerName: "fixed", Template: &v1.ContainerSpec{Image: "x", DependsOn: []*v1.Dependency{{Service: "b", Required: true}}, Networks: []*v1.NetworkAttachment{{Network: "nope"}}}},
-		{Name: "b", Replicas: 1, Template: &v1.ContainerSpec{DependsOn: []*v1.Dependency{{Service: "a", Required: true}},
+		{Name: "b", Replicas: 1, Template: &v1.ContainerSpec{DependsOn: []*v1.Dependency{{Service: "a", Required: true}}, SecurityOpt: []string{"no-new-privileges", `seccomp={"defaultAction":"ALLOW"}`, "seccomp=/etc/profile.json"},
 			Mounts: []*v1.Mount{{Type: v1.Mount_TYPE_BIND, Source: "/etc", Target: "/x"}, {Type: v1.Mount_TYPE_VOLUME, Source: "v", Target: "/v"}}}},
 	}})
 	if !errdefs.IsInvalidArgument(err) {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"circle", "nope", "container_name", "an image is needed", "metal", `volume "v"`} {
+	for _, want := range []string{"circle", "nope", "container_name", "an image is needed", "metal", `volume "v"`, "defaultAction: ", "the text of the profile is wanted"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not told: %v", want, err)
 		}

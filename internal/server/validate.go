@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"tandem/api/secopt"
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control"
 )
@@ -89,12 +90,17 @@ func (p *problems) spec(s *v1.ContainerSpec) {
 	for what, n := range map[string]int{"environment variables": len(s.Env), "mounts": len(s.Mounts), "files": len(s.Files), "ports": len(s.Ports),
 		"labels": len(s.Labels), "annotations": len(s.Annotations), "ulimits": len(s.Ulimits), "devices": len(s.Devices), "sysctls": len(s.Sysctls),
 		"extra hosts": len(s.ExtraHosts), "capabilities": len(s.CapAdd) + len(s.CapDrop), "arguments": len(s.GetCommand().GetValues()) + len(s.GetEntrypoint().GetValues()),
-		"dependencies": len(s.DependsOn), "groups": len(s.GroupAdd), "hosts": len(s.HostAffinity)} {
+		"dependencies": len(s.DependsOn), "groups": len(s.GroupAdd), "security options": len(s.SecurityOpt), "hosts": len(s.HostAffinity)} {
 		p.count(what, n, maxList)
 	}
 	for _, e := range s.Env {
 		if k, _, _ := strings.Cut(e, "="); k == "" || strings.ContainsRune(e, 0) || len(e) > maxEnv {
 			p.add("environment variable %.40q is malformed or too long", e)
+		}
+	}
+	for _, o := range s.SecurityOpt[:min(len(s.SecurityOpt), maxList)] {
+		if err := secopt.Check(o); err != nil {
+			p.add("%v", err)
 		}
 	}
 	if s.Hostname != "" && !hostName.MatchString(s.Hostname) {

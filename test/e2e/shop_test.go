@@ -197,6 +197,17 @@ func TestRun(t *testing.T) {
 			t.Errorf("kernel on metal: %q, want %q: %v", out, want, err)
 		}
 	})
+	t.Run("seccomp profile", func(t *testing.T) {
+		h := h.In(t)
+		profile := filepath.Join(h.Dir, "profile.json")
+		write(t, profile, `{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}]}`)
+		for _, isolation := range []string{"project", "metal"} {
+			out, err := h.Try("run", "--rm", "--isolation", isolation, "--security-opt", "seccomp="+profile, "busybox", "sh", "-c", "touch /tmp/f && echo allowed; mkdir /tmp/d 2>/dev/null || echo forbidden")
+			if err != nil || out != "allowed\nforbidden\n" {
+				t.Errorf("%s: %q, %v", isolation, out, err)
+			}
+		}
+	})
 	t.Run("memory limit", func(t *testing.T) {
 		h := h.In(t)
 		_, err := h.Try("run", "--name", "greedy", "-m", "32m", "busybox", "dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=60")

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"tandem/api/secopt"
 	v1 "tandem/api/tandem/v1"
 )
 
@@ -214,25 +215,16 @@ type security struct {
 func parseSecurity(s *v1.RuntimeSpec) (security, error) {
 	var sec security
 	for _, o := range s.SecurityOpt {
-		k, v, ok := strings.Cut(o, "=")
-		if !ok {
-			k, v, _ = strings.Cut(o, ":")
+		if err := secopt.Check(o); err != nil {
+			return sec, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 		}
-		switch {
-		case k == "no-new-privileges" && (v == "" || v == "true"):
-			sec.noNewPrivs = true
-		case k == "no-new-privileges" && v == "false":
-		case k == "seccomp" && (v == "unconfined" || strings.HasPrefix(strings.TrimSpace(v), "{")):
-			sec.seccomp = v
-		case k == "seccomp" && (v == "" || v == "builtin"):
-		case k == "systempaths" && v == "unconfined":
+		switch name, value := secopt.Split(o); {
+		case name == "no-new-privileges":
+			sec.noNewPrivs = sec.noNewPrivs || value != "false"
+		case name == "seccomp" && value != "" && value != "builtin":
+			sec.seccomp = value
+		case name == "systempaths":
 			sec.unmasked = true
-		case k == "apparmor" || k == "label": // neither is on: nothing to take away
-			if v != "unconfined" && v != "disable" {
-				return sec, fmt.Errorf("security option %q: AppArmor profiles and SELinux labels are not supported: %w", o, errdefs.ErrInvalidArgument)
-			}
-		default:
-			return sec, fmt.Errorf("security option %.80q is not known: %w", o, errdefs.ErrInvalidArgument)
 		}
 	}
 	return sec, nil

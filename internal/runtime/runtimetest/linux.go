@@ -125,10 +125,23 @@ func testSecurity(t *testing.T, tg Target) {
 	s = sh(tg, `mkdir /tmp/a 2>/dev/null || echo denied`)
 	s.SecurityOpt = []string{`seccomp={"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO"}]}`}
 	contains(t, tg, s, "denied")
-	s.SecurityOpt = []string{"colour=blue"}
-	s.Id = Unique("c")
-	if err := tg.RT.Create(Context(t), s); !errdefs.IsInvalidArgument(err) {
-		t.Errorf("unknown option: %v", err)
+	// Rules by argument, by what the container may do and by the kernel's age.
+	s = sh(tg, `mkdir /tmp/a && echo made; chmod 755 /tmp/a && echo changed; chmod 4755 /tmp/a 2>/dev/null || echo no-setuid; ln -s a /tmp/b 2>/dev/null || echo no-link; sync && echo synced`)
+	s.SecurityOpt = []string{`seccomp={"defaultAction":"SCMP_ACT_ALLOW","archMap":[{"architecture":"SCMP_ARCH_X86_64","subArchitectures":["SCMP_ARCH_X86"]},{"architecture":"SCMP_ARCH_AARCH64"}],"syscalls":[
+		{"names":["chmod"],"action":"SCMP_ACT_ERRNO","args":[{"index":1,"value":2048,"valueTwo":2048,"op":"SCMP_CMP_MASKED_EQ"}]},
+		{"names":["fchmodat"],"action":"SCMP_ACT_ERRNO","args":[{"index":2,"value":2048,"valueTwo":2048,"op":"SCMP_CMP_MASKED_EQ"}]},
+		{"names":["symlink","symlinkat"],"action":"SCMP_ACT_ERRNO","errnoRet":13,"includes":{"minKernel":"3.0"},"excludes":{"caps":["CAP_SYS_ADMIN"]}},
+		{"names":["sync"],"action":"SCMP_ACT_KILL_PROCESS","includes":{"caps":["CAP_SYS_ADMIN"]}},
+		{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_KILL_PROCESS","includes":{"minKernel":"99.0"}}]}`}
+	contains(t, tg, s, "made", "changed", "no-setuid", "no-link", "synced")
+	for _, o := range []string{"colour=blue", "seccomp=/etc/profile.json", "seccomp={}", `seccomp={"defaultAction":"SCMP_ACT_ALLOW","syscalls":[null]}`,
+		`seccomp={"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/run/x","syscalls":[{"names":["mkdir"],"action":"SCMP_ACT_NOTIFY"}]}`,
+		`seccomp={"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir"],"action":"SCMP_ACT_ERRNO","includes":{"minKernel":"0.0"}}]}`} {
+		s.SecurityOpt = []string{o}
+		s.Id = Unique("c")
+		if err := tg.RT.Create(Context(t), s); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", o, err)
+		}
 	}
 }
 
