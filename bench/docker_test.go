@@ -149,7 +149,7 @@ func (d *docker) unpack() (string, error) {
 	}
 	libs, _ := filepath.Glob(filepath.Join(at, "usr/lib/*-linux-gnu*/xtables"))
 	if len(libs) != 1 {
-		return "", fmt.Errorf("Debian's iptables has its libraries in %v", libs)
+		return "", fmt.Errorf("libraries of Debian's iptables are in %v", libs)
 	}
 	d.env = append(os.Environ(), "PATH="+sbin+":"+filepath.Join(at, "usr/bin")+":"+os.Getenv("PATH"),
 		"LD_LIBRARY_PATH="+filepath.Dir(libs[0]), "XTABLES_LIBDIR="+libs[0])
