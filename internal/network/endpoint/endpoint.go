@@ -93,10 +93,10 @@ type Manager struct {
 	nl     *netlink.Handle
 	locks  [64]sync.Mutex
 	apart  *borders // nil: does not separate
+	spare  *spares  // nil: keeps none
 
 	newMu sync.Mutex
 	new   map[string]newPair // by container
-	spare  *spares  // nil: keeps none
 }
 
 // New returns a manager for the network namespace that the calling thread is in.
