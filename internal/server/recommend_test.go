@@ -108,13 +108,14 @@ func TestRecommendationsAreAppliedWhenAsked(t *testing.T) {
 			}
 		}
 	}
-	reserve := func(milli int64) {
+	reserve := func(milli int64) { // once old containers have made room
 		t.Helper()
-		for _, c := range b.list(false) {
-			if c.Spec.Resources.CpuMilliReservation != milli {
-				t.Errorf("%s reserves %d", c.Meta.Name, c.Spec.Resources.CpuMilliReservation)
-			}
-		}
+		b.until(fmt.Sprintf("both reserve %d and nothing else runs", milli), func() bool {
+			l := b.list(false)
+			return len(l) == 2 && !slices.ContainsFunc(l, func(c *v1.Container) bool {
+				return c.Spec.Resources.CpuMilliReservation != milli || c.Status.State != v1.ContainerState_CONTAINER_STATE_RUNNING
+			})
+		})
 	}
 	up(pool(2), 0, "service web reserves 0.25 CPU, 115MiB, as was recommended and applied at ")
 	b.stop()
@@ -136,8 +137,8 @@ func TestRecommendationsAreAppliedWhenAsked(t *testing.T) {
 	if l, err = ask(&v1.RecommendRequest{Project: "pool", Undo: true}); err != nil || l[0].Undone {
 		t.Error("undone twice:", l, err)
 	}
-	up(more, 0, "")
 	reserve(1000)
+	up(more, 0, "")
 
 	// A file that asks for something else is the author's word.
 	if l, err = ask(&v1.RecommendRequest{Project: "pool", Services: []string{"web"}, Apply: true}); err != nil || !l[0].Applied {
