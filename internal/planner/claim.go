@@ -202,7 +202,7 @@ func (s *State) makeRoom(h *host, need Size, undo *journal) bool {
 	start := len(*undo)
 	for _, f := range from {
 		if !s.lowerClaim(f, h, each, undo) {
-			rollback(undo, start)
+			s.rollback(undo, start)
 			return false
 		}
 	}

@@ -15,19 +15,17 @@ var ErrStale = errors.New("the plan is stale: what it relies on has changed; pla
 // those without one keep theirs. A plan of an older revision is applied if every
 // step still keeps all rules, else nothing is and the error wraps ErrStale.
 func (s *State) Commit(p *Plan, rename map[string]string) error {
-	done := s.replay(p, rename)
-	d := &decision{s: s, relaxed: p.Relaxed}
-	for i := range p.Actions {
-		if done {
-			break
-		}
-		if err := d.commit(&p.Actions[i], rename); err != nil {
-			d.back()
-			return err
+	if !s.replay(p, rename) {
+		d := &decision{s: s, relaxed: p.Relaxed}
+		for i := range p.Actions {
+			if err := d.commit(&p.Actions[i], rename); err != nil {
+				d.back()
+				return err
+			}
 		}
 	}
-	for _, a := range p.Actions {
-		if a.Kind == Boot { // from now on it is like any other
+	for i := range p.Actions {
+		if a := &p.Actions[i]; a.Kind == Boot { // from now on it is like any other
 			m := s.machines[named(a.Machine, rename)]
 			s.unindexMachine(m)
 			m.fresh, m.Ceiling = false, a.Ceiling.max(m.Size)
@@ -158,7 +156,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 func (d *decision) size(m *machine, to Size) {
 	from := m.Size
 	d.s.resize(m, to)
-	d.undo.note(func() { d.s.resize(m, to) }, func() { d.s.resize(m, from) })
+	d.undo.step(step{op: opResize, m: m, from: from, to: to})
 }
 
 func (d *decision) stopping(m *machine, v bool) {

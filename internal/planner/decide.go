@@ -116,16 +116,30 @@ func (s *State) placeAll(ids []string) (*Plan, error) {
 	return plan, nil
 }
 
-func (s *State) decision() *decision { return &decision{s: s} }
+func (s *State) decision() *decision {
+	d := &decision{s: s, undo: s.spare}
+	s.spare = nil
+	return d
+}
 
 // back takes everything back.
-func (d *decision) back() { rollback(&d.undo, 0) }
+func (d *decision) back() { d.s.rollback(&d.undo, 0) }
 
 // try places the containers one after the other and rolls back.
 func (s *State) try(list []*container, loose bool) *Plan {
-	d := s.decision()
-	d.loose, d.asked, d.evict = loose, len(list), s.policy.Evict
-	defer d.back()
+	d := s.idle
+	if d == nil {
+		d = &decision{}
+	}
+	clear(d.at)
+	clear(d.from)
+	*d = decision{s: s, undo: s.spare, at: d.at, from: d.from, loose: loose, asked: len(list), evict: s.policy.Evict}
+	s.spare, s.idle = nil, nil // in use
+	defer func() {
+		d.back()
+		d.undo, d.actions, d.out = nil, nil, nil // they are the plan's
+		s.idle = d
+	}()
 	d.placeList(list)
 	return d.plan()
 }
@@ -207,9 +221,13 @@ func (d *decision) decide(c *container) bool {
 		d.refuse(c, x)
 		return false
 	}
-	f := &finder{d: d, c: c, found: s.scratch.found[:0], misses: s.scratch.misses[:0]}
-	s.scratch = scratch{} // in use: a decision inside this one takes its own
-	defer func() { s.scratch = scratch{found: f.found, misses: f.misses} }()
+	f := s.finder
+	if f == nil {
+		f = &finder{}
+	}
+	*f = finder{d: d, c: c, found: f.found[:0], misses: f.misses[:0]}
+	s.finder = nil // in use: a decision inside this one takes its own
+	defer func() { s.finder = f }()
 	d.replicas, d.powered = nil, false
 	if c.Service != "" {
 		d.replicas = s.services[c.service()]
@@ -239,11 +257,9 @@ func (d *decision) decide(c *container) bool {
 	if d.evict && c.Class == Latency && d.giveWay(f) {
 		return true
 	}
-	d.out = append(d.out, Unplaced{
-		Container: c.ID,
-		Reason:    Reason{Summary: f.nothing(), Exclusions: f.list()},
-		Remedy:    f.remedy(),
-	})
+	u := Unplaced{Container: c.ID, Reason: Reason{Summary: f.nothing()}, Remedy: f.remedy()}
+	u.Reason.Exclusions, _ = f.list(nil)
+	d.out = append(d.out, u)
 	return false
 }
 
@@ -268,12 +284,17 @@ func (d *decision) settle(f *finder) bool {
 		d.choose(f, f.best())
 		return true
 	}
-	for _, i := range f.ranked(maxSecured) {
-		start := len(d.undo)
+	start := len(d.undo)
+	if d.choose(f, f.best()) {
+		return true
+	}
+	d.s.rollback(&d.undo, start)
+	var numbers [maxSecured]int
+	for _, i := range f.ranked(numbers[:0], maxSecured)[1:] {
 		if d.choose(f, i) {
 			return true
 		}
-		rollback(&d.undo, start)
+		d.s.rollback(&d.undo, start)
 	}
 	f.turnedAway("host", "", miss{rule: RuleFailover, detail: "no other host would have room for it after a loss"}, len(f.found))
 	return false
@@ -348,12 +369,11 @@ func (d *decision) apply(c *container, a *candidate) *machine {
 			d.undo.note(func() {}, func() { delete(d.from, m) })
 		}
 		s.resize(m, a.to)
-		to := a.to
-		d.undo.note(func() { s.resize(m, to) }, func() { s.resize(m, before) })
+		d.undo.step(step{op: opResize, m: m, from: before, to: a.to})
 	}
 	s.place(c, a.host, m)
 	h := a.host
-	d.undo.note(func() { s.place(c, h, m) }, func() { s.unplace(c) })
+	d.undo.step(step{op: opPlace, c: c, h: h, m: m})
 	for _, v := range c.Volumes {
 		if s.volumes[v] == "" {
 			s.setVolume(v, a.host.ID)
@@ -378,10 +398,13 @@ func (d *decision) name() string {
 // final size, before the first container that needs it.
 func (d *decision) record(f *finder, i int, m *machine) {
 	a, c := &f.found[i], f.c
-	reason := f.reason(i, m)
+	reason := f.reason(i)
 	if m == nil {
 		d.actions = append(d.actions, Action{Kind: PlaceM, Container: c.ID, Host: a.host.ID, Seconds: a.seconds, Cost: a.cost, Reason: reason})
 		return
+	}
+	if d.actions == nil && a.kind != Place {
+		d.actions = make([]Action, 0, 2)
 	}
 	d.sized(m, a)
 	d.actions = append(d.actions, Action{Kind: Place, Container: c.ID, Machine: m.ID, Host: m.Host, Seconds: a.seconds, Cost: a.cost, Reason: reason})

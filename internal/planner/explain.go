@@ -21,32 +21,33 @@ func (f *finder) best() int {
 	return best
 }
 
-// ranked is the numbers of the n cheapest options, cheapest first.
-func (f *finder) ranked(n int) []int {
-	out := make([]int, 0, n+1)
+// ranked appends the numbers of the n cheapest options to out, which is empty,
+// cheapest first.
+func (f *finder) ranked(out []int, n int) []int {
 	for i := range f.found {
 		at := len(out)
 		for at > 0 && f.found[i].less(&f.found[out[at-1]]) {
 			at--
 		}
-		if at < n {
-			out = slices.Insert(out, at, i)
-			out = out[:min(len(out), n)]
+		if at == n {
+			continue
 		}
+		if len(out) < n {
+			out = append(out, 0)
+		}
+		copy(out[at+1:], out[at:])
+		out[at] = i
 	}
 	return out
 }
 
-// notable is the options to keep: the cheapest, the chosen one, and the best of
+// notable appends the options to keep: the cheapest, the chosen one, and the best of
 // each action.
-func (f *finder) notable(chosen int) []int {
-	keep := f.ranked(maxOptions)
-	add := func(i int) {
-		if i >= 0 && !slices.Contains(keep, i) {
-			keep = append(keep, i)
-		}
+func (f *finder) notable(keep []int, chosen int) []int {
+	keep = f.ranked(keep, maxOptions)
+	if !slices.Contains(keep, chosen) {
+		keep = append(keep, chosen)
 	}
-	add(chosen)
 	for _, kind := range [...]Kind{Boot, Grow, Place} {
 		best := -1
 		for i := range f.found {
@@ -54,17 +55,37 @@ func (f *finder) notable(chosen int) []int {
 				best = i
 			}
 		}
-		add(best)
+		if best >= 0 && !slices.Contains(keep, best) {
+			keep = append(keep, best)
+		}
 	}
 	return keep
 }
 
-// list is the exclusions, the machine layer first, most frequent first.
-func (f *finder) list() []Exclusion {
+// list is the exclusions, the machine layer first, most frequent first, and the
+// sentence that more appends, all in one piece of text.
+func (f *finder) list(more func([]byte) []byte) ([]Exclusion, string) {
 	var out []Exclusion
+	if len(f.misses) > 0 {
+		out = make([]Exclusion, len(f.misses))
+	}
+	s := f.d.s
+	b := s.text[:0]
+	for i := range f.misses {
+		b = f.misses[i].appendDetail(b)
+		f.misses[i].end = len(b)
+	}
+	rest := len(b)
+	if more != nil {
+		b = more(b)
+	}
+	text := string(b)
+	s.text = b
+	start := 0
 	for i := range f.misses {
 		e := &f.misses[i]
-		out = append(out, Exclusion{Rule: e.rule, Layer: e.layer, Count: e.count, Detail: e.detail()})
+		out[i] = Exclusion{Rule: e.rule, Layer: e.layer, Count: e.count, Detail: text[start:e.end]}
+		start = e.end
 	}
 	slices.SortStableFunc(out, func(a, b Exclusion) int {
 		if a.Layer != b.Layer {
@@ -75,36 +96,46 @@ func (f *finder) list() []Exclusion {
 		}
 		return strings.Compare(a.Rule, b.Rule)
 	})
-	return out
+	return out, text[rest:]
 }
 
-func (e *missed) detail() string {
+func (e *missed) appendDetail(b []byte) []byte {
 	switch {
 	case e.who == "":
-		return e.what.detail
+		return e.what.appendText(b)
 	case e.what.short.zero() || e.rule == RuleCapability:
-		return strings.TrimSpace(e.who + " " + e.what.detail)
+		return e.appendWhole(b)
 	case e.rule == RuleCeiling:
-		return fmt.Sprintf("%s above the ceiling at best (%s)", e.what.short, e.who)
+		return appends(e.what.short.appendTo(b), " above the ceiling at best (", e.who, ")")
 	default:
-		return fmt.Sprintf("%s short at best (%s)", e.what.short, e.who)
+		return appends(e.what.short.appendTo(b), " short at best (", e.who, ")")
 	}
 }
 
-// sentence says of one candidate why it was turned away: "m-5 was 1.2 CPU short".
-func (e *missed) sentence() string {
+// appendWhole appends who and, if there is more to say, what.
+func (e *missed) appendWhole(b []byte) []byte {
+	b = append(append(b, e.who...), ' ')
+	who := len(b)
+	if b = e.what.appendText(b); len(b) == who {
+		b = b[:who-1]
+	}
+	return b
+}
+
+// appendSentence says of one candidate why it was turned away: "m-5 was 1.2 CPU short".
+func (e *missed) appendSentence(b []byte) []byte {
 	switch {
 	case e.what.short.zero() || e.rule == RuleCapability:
-		return strings.TrimSpace(e.who + " " + e.what.detail)
+		return e.appendWhole(b)
 	case e.rule == RuleCeiling:
-		return fmt.Sprintf("%s was %s short at its ceiling", e.who, e.what.short)
+		return append(e.what.short.appendTo(appends(b, e.who, " was ")), " short at its ceiling"...)
 	default:
-		return fmt.Sprintf("%s was %s short", e.who, e.what.short)
+		return append(e.what.short.appendTo(appends(b, e.who, " was ")), " short"...)
 	}
 }
 
-// nearest is the best near miss among machines, "" if there was none.
-func (f *finder) nearest() string {
+// nearest is the best near miss among machines, nil if there was none.
+func (f *finder) nearest() *missed {
 	var best *missed
 	for i := range f.misses {
 		e := &f.misses[i]
@@ -116,10 +147,7 @@ func (f *finder) nearest() string {
 			best = e
 		}
 	}
-	if best == nil {
-		return ""
-	}
-	return best.sentence()
+	return best
 }
 
 // nothing says why a container fits nowhere.
@@ -129,7 +157,7 @@ func (f *finder) nothing() string {
 		e := &f.misses[i]
 		switch {
 		case e.who != "":
-			text := e.sentence()
+			text := string(e.appendSentence(nil))
 			switch {
 			case e.count > 1 && e.what.short.zero():
 				text += fmt.Sprintf(" (and %d likewise)", e.count-1)
@@ -148,8 +176,8 @@ func (f *finder) nothing() string {
 }
 
 func closedText(e *missed) string {
-	if e.what.detail != "" {
-		return "excluded: " + e.what.detail
+	if text := e.what.appendText(nil); len(text) > 0 {
+		return "excluded: " + string(text)
 	}
 	if e.rule == RuleDown {
 		return "down or cordoned"

@@ -31,6 +31,32 @@ type miss struct {
 	rule   string
 	detail string // without the candidate's name
 	short  Size   // what a capacity rule lacked
+	// Details that most candidates have are put into words only when they are told.
+	form form
+	size Size
+}
+
+// form is what a detail says around a host's name or a size.
+type form uint8
+
+const (
+	asItIs   form = iota
+	cantGrow      // detail is the host
+	tooSmall      // size is what it makes no machine of
+	keeps         // size is what it keeps back
+)
+
+// appendText appends the detail in words.
+func (m *miss) appendText(b []byte) []byte {
+	switch m.form {
+	case cantGrow:
+		b = append(b, "can't grow on "...)
+	case tooSmall:
+		return m.size.appendTo(append(b, "makes no machine as large as "...))
+	case keeps:
+		return append(m.size.appendTo(append(b, "keeps "...)), " back for the loss of a host"...)
+	}
+	return append(b, m.detail...)
 }
 
 func (m miss) ok() bool { return m.rule == "" }
@@ -225,7 +251,7 @@ func machineCapacity(need Size, m *machine) miss {
 	want := m.used().add(need)
 	h := m.host
 	if !h.Capabilities.Grow && !m.fresh && want.fits(h.ceiling()) {
-		return miss{rule: RuleCapability, short: short, detail: "can't grow on " + h.ID}
+		return miss{rule: RuleCapability, short: short, form: cantGrow, detail: h.ID}
 	}
 	if (h.Capabilities.Grow || m.fresh) && !want.fits(m.growable()) {
 		return miss{rule: RuleCeiling, short: short}
@@ -281,7 +307,7 @@ func (s *State) easy(c *container) bool {
 func (s *State) bootCapacity(c *container, h *host) miss {
 	size := bootSize(h, c.need)
 	if top := h.ceiling(); !size.fits(top) && size.add(h.MachineExtra).fits(h.Capacity) {
-		return miss{rule: RuleCeiling, short: size.shortOf(top), detail: "makes no machine as large as " + size.String()}
+		return miss{rule: RuleCeiling, short: size.shortOf(top), form: tooSmall, size: size}
 	}
 	if whole := size.add(h.MachineExtra); !whole.fits(h.avail()) {
 		return s.hostMiss(whole, h)
@@ -322,7 +348,7 @@ func (s *State) metalRules(c *container, h *host) miss {
 func (s *State) hostMiss(need Size, h *host) miss {
 	if need.fits(h.free()) {
 		short := need.shortOf(h.avail())
-		return miss{rule: RuleFailover, short: short, detail: "keeps " + h.reserve.String() + " back for the loss of a host"}
+		return miss{rule: RuleFailover, short: short, form: keeps, size: h.reserve}
 	}
 	return capacityMiss(need.shortOf(h.free()))
 }

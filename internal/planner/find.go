@@ -17,18 +17,13 @@ type finder struct {
 	onlyKnown bool
 }
 
-// scratch is memory that decisions use again.
-type scratch struct {
-	found  []candidate
-	misses []missed
-}
-
 type missed struct {
 	rule, layer string
 	count       int
 	who         string
 	what        miss
 	shortness   float64
+	end         int // where its detail ends in a text that is being made
 }
 
 func (f *finder) add(kind Kind, h *host, m *machine) {

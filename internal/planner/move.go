@@ -161,7 +161,7 @@ type mark struct{ undo, actions, out int }
 func (d *decision) mark() mark { return mark{len(d.undo), len(d.actions), len(d.out)} }
 
 func (d *decision) reset(k mark) {
-	rollback(&d.undo, k.undo)
+	d.s.rollback(&d.undo, k.undo)
 	d.actions, d.out = d.actions[:k.actions], d.out[:k.out]
 	for m, i := range d.at {
 		if i >= k.actions {
@@ -455,7 +455,8 @@ func (h *host) hasOf(g *group) bool {
 
 // targetReason gives number i of the targets of m its reason.
 func (f *finder) targetReason(m *machine, out []target, i int) Reason {
-	r := Reason{Exclusions: f.list()}
+	var r Reason
+	r.Exclusions, _ = f.list(nil)
 	for j, t := range out[:min(len(out), maxOptions)] {
 		r.Options = append(r.Options, Option{Action: string(Migrate), Machine: m.ID, Host: t.h.ID, Cost: t.cost, Chosen: j == i})
 	}

@@ -33,7 +33,7 @@ func (d *decision) power(f *finder) bool {
 			return true
 		}
 	}
-	rollback(&d.undo, start)
+	s.rollback(&d.undo, start)
 	d.actions = d.actions[:acts]
 	f.found = append(f.found[:0], before...)
 	return false

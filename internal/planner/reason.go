@@ -1,31 +1,41 @@
 package planner
 
-import (
-	"fmt"
-	"strings"
-)
+import "strings"
+
+// keptOptions bounds how many options a Reason keeps: the cheapest, the chosen one and
+// the best of each action.
+const keptOptions = maxOptions + 4
 
 // placed is a container with the option that won, and those that did not.
 type placed struct {
 	c       *container
 	chosen  *candidate
-	machine *machine
 	weighed []*candidate
-	near    string // "m-5 was 1.2 CPU short"
+	near    *missed
 }
 
 // reason keeps what was weighed for a placement. Machines are named as they are
 // in the plan; see Plan.Rename.
-func (f *finder) reason(chosen int, m *machine) Reason {
-	p := placed{c: f.c, chosen: &f.found[chosen], machine: m, near: f.nearest()}
-	keep := f.notable(chosen)
-	p.weighed = make([]*candidate, len(keep))
-	r := Reason{Exclusions: f.list(), Options: make([]Option, len(keep))}
-	terms := make([]Term, 0, len(keep)*nTerms)
+func (f *finder) reason(chosen int) Reason {
+	var numbers [keptOptions]int
+	keep := f.notable(numbers[:0], chosen)
+	var kept [keptOptions]*candidate
+	p := placed{c: f.c, chosen: &f.found[chosen], weighed: kept[:len(keep)], near: f.nearest()}
+	n := 0
+	for j, i := range keep {
+		kept[j] = &f.found[i]
+		for _, v := range kept[j].terms {
+			if v != 0 {
+				n++
+			}
+		}
+	}
+	r := Reason{Options: make([]Option, len(keep))}
+	terms := make([]Term, 0, n)
 	for j, i := range keep {
 		a := &f.found[i]
-		p.weighed[j] = a
-		o := Option{Action: string(a.kind), Host: a.host.ID, Cost: a.cost, Seconds: a.seconds, Pinned: a.pinned, Chosen: i == chosen}
+		o := &r.Options[j]
+		o.Action, o.Host, o.Cost, o.Seconds, o.Pinned, o.Chosen = string(a.kind), a.host.ID, a.cost, a.seconds, a.pinned, i == chosen
 		if a.machine != nil {
 			o.Machine = a.machine.ID
 		}
@@ -38,105 +48,126 @@ func (f *finder) reason(chosen int, m *machine) Reason {
 		if len(terms) > start {
 			o.Terms = terms[start:len(terms):len(terms)]
 		}
-		r.Options[j] = o
 	}
-	r.Summary = p.summary()
+	r.Exclusions, r.Summary = f.list(p.appendSummary)
 	return r
 }
 
-// summary is one sentence: what was done, what the next best would have cost, and
-// who nearly made it.
-func (p *placed) summary() string {
+// appendSummary appends one sentence: what was done, what the next best would have
+// cost, and who nearly made it.
+func (p *placed) appendSummary(b []byte) []byte {
 	a := p.chosen
-	var parts []string
-	switch a.kind {
+	switch host := a.host.ID; a.kind {
 	case Place:
 		if a.machine.fresh {
-			parts = append(parts, fmt.Sprintf("shares the machine that this plan boots on %s: no overhead of its own", a.host.ID))
+			b = appends(b, "shares the machine that this plan boots on ", host, ": no overhead of its own")
 		} else {
-			parts = append(parts, fmt.Sprintf("took a free slot of %s on %s: no wait and nothing bound", a.machine.ID, a.host.ID))
+			b = appends(b, "took a free slot of ", a.machine.ID, " on ", host, ": no wait and nothing bound")
 		}
 	case Grow:
 		if a.machine.fresh {
-			parts = append(parts, fmt.Sprintf("shares the machine that this plan boots on %s, made %s larger for it: no overhead of its own", a.host.ID, a.grown))
+			b = appends(b, "shares the machine that this plan boots on ", host, ", made ")
+			b = append(a.grown.appendTo(b), " larger for it: no overhead of its own"...)
 		} else {
-			parts = append(parts, fmt.Sprintf("grew %s by %s on %s: %s and no new overhead", a.machine.ID, a.grown, a.host.ID, secondsText(a.seconds)))
+			b = appends(b, "grew ", a.machine.ID, " by ")
+			b = appends(a.grown.appendTo(b), " on ", host, ": ")
+			b = append(appendSeconds(b, a.seconds), " and no new overhead"...)
 		}
 	case Boot:
 		over := a.to.sub(p.c.need).Memory + a.host.MachineExtra.Memory
-		parts = append(parts, fmt.Sprintf("booted a machine on %s: %s and %s beside what it asks for",
-			a.host.ID, secondsText(a.seconds), memoryText(max(0, over))))
+		b = appends(b, "booted a machine on ", host, ": ")
+		b = append(appendSeconds(b, a.seconds), " and "...)
+		b = append(appendMemory(b, max(0, over)), " beside what it asks for"...)
 	case PlaceM:
-		parts = append(parts, fmt.Sprintf("runs on %s itself: no machine, no overhead", a.host.ID))
+		b = appends(b, "runs on ", host, " itself: no machine, no overhead")
 	}
-	if alt := p.alternative(); alt != "" {
-		parts = append(parts, alt)
+	b = p.appendAlternative(b)
+	if p.near != nil {
+		b = p.near.appendSentence(append(b, "; "...))
 	}
-	if p.near != "" {
-		parts = append(parts, p.near)
-	}
-	return strings.Join(parts, "; ")
+	return b
 }
 
-// alternative says what the best option of another action, or else of another
+// appendAlternative appends what the best option of another action, or else of another
 // place, would have cost.
-func (p *placed) alternative() string {
+func (p *placed) appendAlternative(b []byte) []byte {
 	var alt *candidate
-	for _, b := range p.weighed {
-		if b == p.chosen {
+	for _, o := range p.weighed {
+		if o == p.chosen {
 			continue
 		}
-		if b.kind != p.chosen.kind {
-			alt = b
+		if o.kind != p.chosen.kind {
+			alt = o
 			break
 		}
 		if alt == nil {
-			alt = b
+			alt = o
 		}
 	}
 	if alt == nil {
-		return ""
+		return b
 	}
-	var what string
+	b = append(b, "; "...)
 	switch alt.kind {
 	case Place:
-		what = "a free slot of " + alt.machine.ID
+		b = appends(b, "a free slot of ", alt.machine.ID)
 	case Grow:
-		what = "growing " + alt.machine.ID
+		b = appends(b, "growing ", alt.machine.ID)
 	case Boot:
-		what = "booting another machine"
 		if p.chosen.kind == Boot || alt.host != p.chosen.host {
-			what = "booting a machine on " + alt.host.ID
+			b = appends(b, "booting a machine on ", alt.host.ID)
+		} else {
+			b = append(b, "booting another machine"...)
 		}
 	case PlaceM:
-		what = alt.host.ID
+		b = append(b, alt.host.ID...)
 	}
-	var costs []string
-	switch more := alt.pinned - p.chosen.pinned; {
-	case more > 0:
-		costs = append(costs, "pinned "+memoryText(more)+" more")
-	case more < 0:
-		costs = append(costs, "pinned "+memoryText(-more)+" less")
+	more := alt.pinned - p.chosen.pinned
+	spread := alt.terms[termSpread] - p.chosen.terms[termSpread]
+	var costs [3]bool
+	costs[0], costs[1], costs[2] = more != 0, alt.seconds != p.chosen.seconds, spread != 0
+	left := 0
+	for _, x := range costs {
+		if x {
+			left++
+		}
 	}
-	if alt.seconds != p.chosen.seconds {
-		costs = append(costs, "taken "+secondsText(alt.seconds))
+	if left == 0 {
+		return append(b, " would have fitted less tightly"...)
 	}
-	if x, y := alt.terms[termSpread], p.chosen.terms[termSpread]; x > y {
-		costs = append(costs, "put more replicas of "+p.c.Service+" together")
-	} else if x < y {
-		costs = append(costs, "spread "+p.c.Service+" better")
+	b = append(b, " would have "...)
+	for i, x := range costs {
+		if !x {
+			continue
+		}
+		switch {
+		case i == 0 && more > 0:
+			b = append(appendMemory(append(b, "pinned "...), more), " more"...)
+		case i == 0:
+			b = append(appendMemory(append(b, "pinned "...), -more), " less"...)
+		case i == 1:
+			b = appendSeconds(append(b, "taken "...), alt.seconds)
+		case spread > 0:
+			b = appends(b, "put more replicas of ", p.c.Service, " together")
+		default:
+			b = appends(b, "spread ", p.c.Service, " better")
+		}
+		switch left--; left {
+		case 0:
+		case 1:
+			b = append(b, " and "...)
+		default:
+			b = append(b, ", "...)
+		}
 	}
-	if len(costs) == 0 {
-		return what + " would have fitted less tightly"
-	}
-	return what + " would have " + join(costs)
+	return b
 }
 
-func join(list []string) string {
-	if len(list) == 1 {
-		return list[0]
+func appends(b []byte, parts ...string) []byte {
+	for _, p := range parts {
+		b = append(b, p...)
 	}
-	return strings.Join(list[:len(list)-1], ", ") + " and " + list[len(list)-1]
+	return b
 }
 
 // Rename gives booted machines their names, in actions, reasons and sentences.

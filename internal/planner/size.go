@@ -1,10 +1,9 @@
 package planner
 
 import (
-	"fmt"
+	"math"
 	"math/bits"
 	"strconv"
-	"strings"
 )
 
 // DefaultMemory is what a container that reserves no memory counts for, in bytes.
@@ -39,42 +38,54 @@ func (c *Container) effective() Size {
 }
 
 // String prints a size as people say it: "1.5 CPU and 512 MiB".
-func (a Size) String() string {
-	switch {
-	case a.CPU != 0 && a.Memory != 0:
-		return cpuText(a.CPU) + " and " + memoryText(a.Memory)
-	case a.CPU != 0:
-		return cpuText(a.CPU)
-	default:
-		return memoryText(a.Memory)
+func (a Size) String() string { return string(a.appendTo(make([]byte, 0, 32))) }
+
+// appendTo appends what String prints.
+func (a Size) appendTo(b []byte) []byte {
+	if a.CPU != 0 {
+		b = appendCPU(b, a.CPU)
+		if a.Memory == 0 {
+			return b
+		}
+		b = append(b, " and "...)
 	}
+	return appendMemory(b, a.Memory)
 }
 
-func cpuText(milli int64) string {
-	return strconv.FormatFloat(float64(milli)/1000, 'f', -1, 64) + " CPU"
+func appendCPU(b []byte, milli int64) []byte {
+	return append(strconv.AppendFloat(b, float64(milli)/1000, 'f', -1, 64), " CPU"...)
 }
 
-func memoryText(b int64) string {
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	f, u := float64(b), 0
-	for (f >= 1024 || f <= -1024) && u < len(units)-1 {
+var memoryUnits = [...]string{" B", " KiB", " MiB", " GiB", " TiB"}
+
+func appendMemory(b []byte, v int64) []byte {
+	f, u := float64(v), 0
+	for (f >= 1024 || f <= -1024) && u < len(memoryUnits)-1 {
 		// 1536 MiB reads better than 1.5 GiB only below 10 GiB: keep whole numbers.
 		if u >= 2 && f < 10240 && f != float64(int64(f/1024)*1024) {
 			break
 		}
 		f, u = f/1024, u+1
 	}
-	return trimFloat(f, 1) + " " + units[u]
+	return append(appendFloat(b, f, 1), memoryUnits[u]...)
 }
 
-func secondsText(s float64) string { return trimFloat(s, 2) + " s" }
+func appendSeconds(b []byte, s float64) []byte { return append(appendFloat(b, s, 2), " s"...) }
 
-func trimFloat(f float64, digits int) string {
-	t := fmt.Sprintf("%.*f", digits, f)
-	if strings.Contains(t, ".") {
-		t = strings.TrimRight(strings.TrimRight(t, "0"), ".")
+// appendFloat appends f with at most so many digits after the point, and no zeros at
+// their end.
+func appendFloat(b []byte, f float64, digits int) []byte {
+	if f == math.Trunc(f) && math.Abs(f) < 1<<53 {
+		return strconv.AppendInt(b, int64(f), 10)
 	}
-	return t
+	b = strconv.AppendFloat(b, f, 'f', digits, 64)
+	for b[len(b)-1] == '0' {
+		b = b[:len(b)-1]
+	}
+	if b[len(b)-1] == '.' {
+		b = b[:len(b)-1]
+	}
+	return b
 }
 
 // stepUp is the smallest from + k*step that is at least want.

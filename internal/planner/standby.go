@@ -145,7 +145,7 @@ func (s *State) secure(c *container, undo *journal) bool {
 			continue
 		}
 		s.stand(c, slot, g)
-		undo.note(func() { s.stand(c, slot, g) }, func() { s.unstand(c, slot) })
+		undo.step(step{op: opStand, c: c, h: g, slot: slot})
 	}
 	if c.exposed {
 		s.setExposed(c, false)
@@ -197,7 +197,7 @@ func (s *State) dismiss(h *host, undo *journal) bool {
 				}
 				all = false
 				if undo != nil {
-					rollback(undo, start)
+					s.rollback(undo, start)
 					return false
 				}
 				s.unstand(c, slot)

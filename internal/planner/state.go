@@ -37,8 +37,13 @@ type State struct {
 	names      map[string]string       // one copy of each project's and service's name: equal ones compare at once
 	epoch      uint64                  // of who is where
 	company    company
-	scratch    scratch
 	tried      []tried
+
+	// Memory that decisions use again, when nobody does.
+	idle   *decision
+	finder *finder
+	spare  journal
+	text   []byte
 }
 
 type host struct {
