@@ -8,7 +8,7 @@ import "slices"
 
 func (s *State) addMachine(m *machine) {
 	h := s.hosts[m.Host]
-	m.host = h
+	m.host, m.begins, m.in.level = h, orderOf(m.ID), levelKernel
 	k := groupOf(m.Isolation, m.Project)
 	if s.groups[k] == nil {
 		s.groups[k] = &group{}
@@ -26,7 +26,7 @@ func (s *State) addMachine(m *machine) {
 }
 
 func (s *State) dropMachine(m *machine) {
-	for _, c := range slices.Clone(m.in.members) {
+	for _, c := range slices.Clone(m.in.byID()) {
 		s.unplace(c)
 	}
 	h := m.host

@@ -8,7 +8,7 @@ package planner
 
 // breaks says whether f's claim on h is broken.
 func (h *host) breaks(f *host) bool {
-	return h.broken.n > 0 && h.broken.has(f.ID)
+	return h.broken.n > 0 && h.broken.has(f)
 }
 
 // shed breaks claims on h until need fits.
@@ -130,7 +130,7 @@ func (s *State) mend() {
 // standingBy is at most n of h's containers that stand by on g.
 func (h *host) standingBy(g *host, n int) []*container {
 	var out []*container
-	for _, c := range h.all.members {
+	for _, c := range h.all.byID() {
 		if len(out) == n {
 			break
 		}

@@ -213,7 +213,7 @@ func (s *State) makeRoom(h *host, need Size, undo *journal) bool {
 // there is at most limit.
 func (s *State) lowerClaim(f, h *host, limit Size, undo *journal) bool {
 	var list []*container
-	for _, c := range f.all.members {
+	for _, c := range f.all.byID() {
 		if c.standby[0] == h || c.standby[1] == h {
 			list = append(list, c)
 		}

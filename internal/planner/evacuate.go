@@ -30,7 +30,7 @@ func (s *State) emptyHosts(ids []string) (*Plan, error) {
 // dismissSome finds other standby hosts for what stands by on h, where there are any.
 func (s *State) dismissSome(h *host, undo *journal) {
 	for _, f := range s.claimants(h) {
-		for _, c := range f.all.members {
+		for _, c := range f.all.byID() {
 			for slot := range c.standby {
 				if c.standby[slot] == h {
 					s.restand(c, slot, h, undo)

@@ -61,7 +61,7 @@ func victims(c *container, h *host) ([]*container, Size, bool) {
 		want = c.need
 	}
 	var list []*container
-	for _, o := range h.all.members {
+	for _, o := range h.all.byID() {
 		if o.machine != nil && o.machine.fresh {
 			continue // it has only just been placed
 		}

@@ -30,9 +30,10 @@ func ids[T interface{ id() string }](list []T) []string {
 	return out
 }
 
-func cells[T interface{ id() string }](b *buckets[T]) map[string]any {
+func cells[T item](b *buckets[T]) map[string]any {
 	out := map[string]any{"n": b.n, "keys": slices.Clone(b.keys)}
-	for k, c := range b.cells {
+	for i, k := range b.keys {
+		c := b.cells[i]
 		out[fmt.Sprint("cell", k)] = slices.Clone(b.keys)
 		delete(out, fmt.Sprint("cell", k))
 		if c.n > 0 {
@@ -48,7 +49,7 @@ func cells[T interface{ id() string }](b *buckets[T]) map[string]any {
 }
 
 func (b *box) summary() any {
-	return []any{ids(b.members), fmt.Sprint(b.services), ids(b.anti)}
+	return []any{ids(b.byID()), fmt.Sprint(b.services), ids(b.anti)}
 }
 
 func summary(s *State) map[string]any {

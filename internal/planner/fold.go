@@ -113,7 +113,7 @@ func (d *decision) foldable(from map[*machine]bool) []*machine {
 // that is allowed and worth it.
 func (d *decision) pour(m *machine, among map[*machine]bool, b *budget, q *Fold) ([]*machine, bool) {
 	s := d.s
-	members := slices.Clone(m.in.members)
+	members := slices.Clone(m.in.byID())
 	slices.SortFunc(members, func(x, y *container) int {
 		return cmp.Or(cmp.Compare(y.need.Memory, x.need.Memory), cmp.Compare(y.need.CPU, x.need.CPU), cmp.Compare(x.ID, y.ID))
 	})

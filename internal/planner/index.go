@@ -5,43 +5,79 @@ import (
 	"strings"
 )
 
+// item is what an index holds: it is found by its id, whose beginning it knows.
+type item interface {
+	id() string
+	order() order
+}
+
+// order is the first 16 bytes of an id, as numbers that compare like them: two ids are
+// mostly told apart without a look at either.
+type order struct{ a, b uint64 }
+
+func orderOf(id string) order {
+	var x [2]uint64
+	for i := range min(len(id), 16) {
+		x[i/8] |= uint64(id[i]) << (56 - i%8*8)
+	}
+	return order{x[0], x[1]}
+}
+
+// before says whether id x, which begins with a, comes before id y, which begins with b.
+func before[T, U item](a order, x T, b order, y U) bool {
+	if a.a != b.a {
+		return a.a < b.a
+	}
+	if a.b != b.b {
+		return a.b < b.b
+	}
+	return x.id() < y.id()
+}
+
 // buckets is an index of things by their free capacity: a cell for each pair of
 // classes (CPU, memory), inside a cell by id. A look-up visits the cells that may
 // fit, tightest first, and never sees the others; an update touches two cells.
-type buckets[T interface{ id() string }] struct {
-	keys  []uint32 // of the cells in use, ascending
-	cells map[uint32]*ordered[T]
+type buckets[T item] struct {
+	keys  []uint32      // of the cells in use, ascending
+	cells []*ordered[T] // theirs
+	spare []*ordered[T] // empty ones, for the next that comes: no garbage
 	n     int
 }
+
+// maxSpare bounds the empty cells that are kept.
+const maxSpare = 8
 
 func key(free Size) uint32 { return class(free.CPU)<<16 | class(free.Memory) }
 
 func (b *buckets[T]) add(k uint32, t T) {
-	if b.cells == nil {
-		b.cells = map[uint32]*ordered[T]{}
-	}
-	cell := b.cells[k]
-	if cell == nil {
-		cell = &ordered[T]{}
-		b.cells[k] = cell
-	}
-	if cell.n == 0 {
-		i, _ := slices.BinarySearch(b.keys, k)
+	i, ok := slices.BinarySearch(b.keys, k)
+	if !ok {
+		cell := &ordered[T]{}
+		if last := len(b.spare) - 1; last >= 0 {
+			cell, b.spare = b.spare[last], b.spare[:last]
+		}
 		b.keys = slices.Insert(b.keys, i, k)
+		b.cells = slices.Insert(b.cells, i, cell)
 	}
-	cell.insert(t)
+	b.cells[i].insert(t)
 	b.n++
 }
 
 func (b *buckets[T]) remove(k uint32, t T) {
-	cell := b.cells[k]
+	i, ok := slices.BinarySearch(b.keys, k)
+	if !ok {
+		return
+	}
+	cell := b.cells[i]
 	cell.remove(t)
 	b.n--
 	if cell.n > 0 {
-		return // an empty cell stays for the next that comes: no garbage
+		return
 	}
-	if i, ok := slices.BinarySearch(b.keys, k); ok {
-		b.keys = slices.Delete(b.keys, i, i+1)
+	b.keys = slices.Delete(b.keys, i, i+1)
+	b.cells = slices.Delete(b.cells, i, i+1)
+	if len(b.spare) < maxSpare {
+		b.spare = append(b.spare, cell)
 	}
 }
 
@@ -50,8 +86,8 @@ func (b *buckets[T]) remove(k uint32, t T) {
 func (b *buckets[T]) fitting(need Size, yield func(T) bool) {
 	cpu, mem := class(need.CPU), class(need.Memory)
 	i, _ := slices.BinarySearch(b.keys, cpu<<16)
-	for _, k := range b.keys[i:] {
-		if k&0xffff >= mem && !b.cells[k].all(yield) {
+	for ; i < len(b.keys); i++ {
+		if b.keys[i]&0xffff >= mem && !b.cells[i].all(yield) {
 			return
 		}
 	}
@@ -61,7 +97,7 @@ func (b *buckets[T]) fitting(need Size, yield func(T) bool) {
 func (b *buckets[T]) roomiest(need Size, yield func(T) bool) {
 	cpu, mem := class(need.CPU), class(need.Memory)
 	for i := len(b.keys) - 1; i >= 0 && b.keys[i]>>16 >= cpu; i-- {
-		if k := b.keys[i]; k&0xffff >= mem && !b.cells[k].all(yield) {
+		if b.keys[i]&0xffff >= mem && !b.cells[i].all(yield) {
 			return
 		}
 	}
@@ -73,26 +109,45 @@ func (b *buckets[T]) lacking(need Size, yield func(*ordered[T])) {
 	cpu, mem := class(need.CPU), class(need.Memory)
 	for i := len(b.keys) - 1; i >= 0; i-- {
 		if k := b.keys[i]; k>>16 < cpu || k&0xffff < mem {
-			yield(b.cells[k])
+			yield(b.cells[i])
 		}
 	}
 }
 
 // ordered is a set in the order of ids, kept in short runs so that a change moves
 // little whatever its size.
-type ordered[T interface{ id() string }] struct {
-	runs [][]T
+type ordered[T item] struct {
+	runs [][]entry[T] // none is empty, unless it is the only one
 	n    int
+}
+
+type entry[T item] struct {
+	order order
+	t     T
 }
 
 const maxRun = 128
 
-// run is where id belongs.
-func (o *ordered[T]) run(id string) int {
+// run is where t belongs.
+func (o *ordered[T]) run(t T, at order) int {
 	lo, hi := 0, len(o.runs)-1
 	for lo < hi {
-		mid := (lo + hi) / 2
-		if r := o.runs[mid]; r[len(r)-1].id() < id {
+		mid := int(uint(lo+hi) / 2)
+		if r := o.runs[mid]; before(r[len(r)-1].order, r[len(r)-1].t, at, t) {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
+
+// find is where in a run t is, or belongs.
+func find[T item](r []entry[T], t T, at order) int {
+	lo, hi := 0, len(r)
+	for lo < hi {
+		mid := int(uint(lo+hi) / 2)
+		if before(r[mid].order, r[mid].t, at, t) {
 			lo = mid + 1
 		} else {
 			hi = mid
@@ -103,15 +158,17 @@ func (o *ordered[T]) run(id string) int {
 
 func (o *ordered[T]) insert(t T) {
 	o.n++
+	at := t.order()
 	if len(o.runs) == 0 {
-		o.runs = append(o.runs, append(make([]T, 0, 4), t))
+		o.runs = append(o.runs, append(make([]entry[T], 0, 4), entry[T]{at, t}))
 		return
 	}
-	i := o.run(t.id())
-	r := insertByID(o.runs[i], t)
+	i := o.run(t, at)
+	r := o.runs[i]
+	r = slices.Insert(r, find(r, t, at), entry[T]{at, t})
 	o.runs[i] = r
 	if len(r) > maxRun {
-		right := append(make([]T, 0, maxRun), r[maxRun/2:]...)
+		right := append(make([]entry[T], 0, maxRun), r[maxRun/2:]...)
 		clear(r[maxRun/2:])
 		o.runs[i] = r[:maxRun/2]
 		o.runs = slices.Insert(o.runs, i+1, right)
@@ -119,28 +176,36 @@ func (o *ordered[T]) insert(t T) {
 }
 
 func (o *ordered[T]) remove(t T) {
-	if len(o.runs) == 0 {
+	if o.n == 0 {
 		return
 	}
-	i := o.run(t.id())
-	before := len(o.runs[i])
-	r := removeByID(o.runs[i], t)
-	o.n -= before - len(r)
-	o.runs[i] = r
-	if len(r) == 0 && len(o.runs) > 1 {
+	at := t.order()
+	i := o.run(t, at)
+	r := o.runs[i]
+	j := find(r, t, at)
+	if j == len(r) || r[j].order != at || r[j].t.id() != t.id() {
+		return
+	}
+	o.n--
+	o.runs[i] = slices.Delete(r, j, j+1)
+	switch {
+	case len(r) > 1:
+	case len(o.runs) > 1:
 		o.runs = slices.Delete(o.runs, i, i+1)
-	} else if len(r) == 0 {
+	case cap(r) > 8: // a large one is not worth keeping
 		o.runs = nil
 	}
 }
 
-// has says whether the one with that id is in.
-func (o *ordered[T]) has(id string) bool {
+// has says whether t is in.
+func (o *ordered[T]) has(t T) bool {
 	if o.n == 0 {
 		return false
 	}
-	_, ok := slices.BinarySearchFunc(o.runs[o.run(id)], id, compareID[T])
-	return ok
+	at := t.order()
+	r := o.runs[o.run(t, at)]
+	j := find(r, t, at)
+	return j < len(r) && r[j].order == at && r[j].t.id() == t.id()
 }
 
 // first is the first n in order, fewer if there are not so many.
@@ -158,8 +223,8 @@ func (o *ordered[T]) first(n int) []T {
 // all calls yield with each in order until it says stop, and says whether it did not.
 func (o *ordered[T]) all(yield func(T) bool) bool {
 	for _, r := range o.runs {
-		for _, t := range r {
-			if !yield(t) {
+		for i := range r {
+			if !yield(r[i].t) {
 				return false
 			}
 		}
@@ -187,13 +252,23 @@ type serviceKey struct{ project, service string }
 
 // box counts who is inside something: a machine, a host, a host's own kernel.
 type box struct {
-	members  []*container // by id
+	members  []*container // in any order; see byID
+	level    uint8        // which of its places a member has here
+	sorted   bool         // members are by id
 	services map[serviceKey]int
 	anti     []*container // those with anti rules, by id
 }
 
+// The levels of boxes: a container is in one of each at most.
+const (
+	levelHost   = iota // host.all
+	levelKernel        // machine.in, or host.metal
+)
+
 func (b *box) add(c *container) {
-	b.members = insertByID(b.members, c)
+	c.place[b.level] = int32(len(b.members))
+	b.members = append(b.members, c)
+	b.sorted = len(b.members) == 1
 	if c.Service != "" {
 		if b.services == nil {
 			b.services = map[serviceKey]int{}
@@ -206,7 +281,14 @@ func (b *box) add(c *container) {
 }
 
 func (b *box) remove(c *container) {
-	b.members = removeByID(b.members, c)
+	i, last := int(c.place[b.level]), len(b.members)-1
+	if i < last { // the last one takes its place
+		o := b.members[last]
+		b.members[i], o.place[b.level] = o, int32(i)
+		b.sorted = false
+	}
+	b.members[last] = nil
+	b.members = b.members[:last]
 	if c.Service != "" {
 		if k := c.service(); b.services[k] > 1 {
 			b.services[k]--
@@ -217,6 +299,19 @@ func (b *box) remove(c *container) {
 	if len(c.Anti) > 0 {
 		b.anti = removeByID(b.anti, c)
 	}
+}
+
+// byID is the members in the order of ids. It sorts them when they are not: what only
+// reads the state goes over members instead.
+func (b *box) byID() []*container {
+	if !b.sorted {
+		slices.SortFunc(b.members, func(x, y *container) int { return strings.Compare(x.ID, y.ID) })
+		for i, c := range b.members {
+			c.place[b.level] = int32(i)
+		}
+		b.sorted = true
+	}
+	return b.members
 }
 
 func (b *box) count(k serviceKey) int {

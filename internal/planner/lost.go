@@ -31,7 +31,7 @@ func (s *State) hostLost(ids []string) (*Plan, error) {
 	var loose []*container
 	for _, h := range hosts {
 		machines = append(machines, h.machines...)
-		loose = append(loose, h.metal.members...)
+		loose = append(loose, h.metal.byID()...)
 	}
 	slices.SortFunc(machines, func(x, y *machine) int {
 		return cmp.Or(cmp.Compare(x.class(), y.class()), cmp.Compare(y.sum.Memory, x.sum.Memory), cmp.Compare(x.ID, y.ID))
@@ -102,7 +102,7 @@ func (d *decision) restart(m *machine) bool {
 // standby is the host where all of m stands by; nil: there is none.
 func (m *machine) standby() *host {
 	var first *host
-	for i, c := range m.in.members {
+	for i, c := range m.in.byID() {
 		var g *host
 		for _, x := range c.standby {
 			if x != nil && x.takes() {
@@ -183,7 +183,7 @@ func (s *State) fitsNow(g *host) bool { return (Size{}).fits(g.free()) }
 
 // scatter places the containers of a machine that does not start again as a whole.
 func (d *decision) scatter(m *machine) {
-	list := slices.Clone(m.in.members)
+	list := slices.Clone(m.in.byID())
 	slices.SortFunc(list, func(x, y *container) int {
 		return cmp.Or(cmp.Compare(x.Class, y.Class), cmp.Compare(y.need.CPU, x.need.CPU), cmp.Compare(y.need.Memory, x.need.Memory), cmp.Compare(x.ID, y.ID))
 	})

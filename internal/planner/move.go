@@ -28,7 +28,7 @@ func (d *decision) remove(c *container) {
 // back there.
 func (d *decision) migrate(m *machine, h *host, to Size, force bool) bool {
 	s := d.s
-	inside := slices.Clone(m.in.members)
+	inside := slices.Clone(m.in.byID())
 	type was struct {
 		standby [2]*host
 		exposed bool
@@ -119,7 +119,7 @@ func migrateRoom(m *machine, h *host, to Size, restart bool) miss {
 
 // migrateCompany checks what depends on the containers in m.
 func (s *State) migrateCompany(m *machine, h *host) miss {
-	for _, c := range m.in.members {
+	for _, c := range m.in.byID() {
 		if x := s.hostRules(c, h); !x.ok() {
 			return x
 		}
@@ -136,7 +136,7 @@ func (s *State) migrateCompany(m *machine, h *host) miss {
 			}
 		}
 	}
-	for _, c := range m.in.members {
+	for _, c := range m.in.byID() {
 		for _, r := range c.Anti {
 			k := serviceKey{c.Project, r.Service}
 			if r.Layer == "host" && h.all.count(k)+besides(c, &m.in, k) > r.Max {
@@ -220,7 +220,7 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 		}
 		k := d.mark()
 		spent := b.spent
-		if d.moveAll(m.in.members, b, why) && !m.Pinned {
+		if d.moveAll(m.in.byID(), b, why) && !m.Pinned {
 			d.stop(m, why)
 			continue
 		}
@@ -236,13 +236,13 @@ func (d *decision) clear(h *host, b *budget, why string) bool {
 		b.spent = spent
 		d.out = append(d.out, failed...)
 		if len(failed) == 0 {
-			for _, c := range m.in.members {
+			for _, c := range m.in.byID() {
 				d.stays(c.ID, m)
 			}
 		}
 		return false
 	}
-	if !d.moveAll(h.metal.members, b, why) {
+	if !d.moveAll(h.metal.byID(), b, why) {
 		all = false
 	}
 	return all
@@ -354,7 +354,7 @@ func (d *decision) swap(c *container, b *budget, why string) bool {
 // smallest is the smallest container in m that may move and frees what is short.
 func (m *machine) smallest(short, most Size) *container {
 	var best *container
-	for _, y := range m.in.members {
+	for _, y := range m.in.byID() {
 		if y.Stateful || len(y.Volumes) > 0 || y.ruled() || !short.fits(y.need) || !y.need.fits(most) {
 			continue
 		}

@@ -99,7 +99,7 @@ func (d *decision) crowded() []*container {
 				break
 			}
 			left := on[h] - 1
-			for _, c := range h.all.members {
+			for _, c := range h.all.byID() {
 				if left > 0 && c.service() == k {
 					out, left = append(out, c), left-1
 				}

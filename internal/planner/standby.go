@@ -190,7 +190,7 @@ func (s *State) dismiss(h *host, undo *journal) bool {
 	}
 	all := true
 	for _, f := range s.claimants(h) {
-		for _, c := range f.all.members {
+		for _, c := range f.all.byID() {
 			for slot := range c.standby {
 				if c.standby[slot] != h || s.restand(c, slot, h, undo) {
 					continue

@@ -48,6 +48,7 @@ type State struct {
 
 type host struct {
 	Host
+	begins       order
 	machinesSize Size       // sum of machines' sizes
 	busy         Size       // containers' requests and all overheads
 	metalSize    Size       // sum of metal containers' requests
@@ -75,6 +76,7 @@ type machine struct {
 	slot  Size // free(), while indexed
 	reach Size // room(), while indexed
 	Machine
+	begins           order
 	sum              Size // of its containers' requests
 	in               box
 	parts            []part
@@ -90,13 +92,17 @@ type container struct {
 	host    *host
 	machine *machine
 	standby [2]*host
-	plain   bool // brings no rules on where it goes
-	exposed bool // in State.exposed
+	place   [2]int32 // in its boxes, by their level
+	plain   bool     // brings no rules on where it goes
+	exposed bool     // in State.exposed
 }
 
 func (h *host) id() string               { return h.ID }
 func (m *machine) id() string            { return m.ID }
 func (c *container) id() string          { return c.ID }
+func (h *host) order() order             { return h.begins }
+func (m *machine) order() order          { return m.begins }
+func (c *container) order() order        { return orderOf(c.ID) }
 func (c *container) service() serviceKey { return serviceKey{c.Project, c.Service} }
 
 func (h *host) takes() bool { return !h.Down && !h.Cordoned && !h.Off }
@@ -187,7 +193,7 @@ func (s *State) SetHost(h Host) error {
 	s.rev++
 	old := s.hosts[h.ID]
 	if old == nil {
-		n := &host{Host: h, ports: map[portKey][]*container{}}
+		n := newHost(h)
 		s.hosts[h.ID] = n
 		s.indexHost(n)
 		s.mend()
@@ -206,6 +212,12 @@ func (s *State) SetHost(h Host) error {
 	return nil
 }
 
+func newHost(h Host) *host {
+	n := &host{Host: h, begins: orderOf(h.ID), ports: map[portKey][]*container{}}
+	n.metal.level = levelKernel
+	return n
+}
+
 func finite(f float64) bool { return f >= 0 && f <= 86400 }
 
 // RemoveHost forgets a host and its machines; what ran there counts as not placed.
@@ -218,7 +230,7 @@ func (s *State) RemoveHost(id string) {
 	for _, m := range slices.Clone(h.machines) {
 		s.dropMachine(m)
 	}
-	for _, c := range slices.Clone(h.all.members) {
+	for _, c := range slices.Clone(h.all.byID()) {
 		s.unplace(c)
 	}
 	s.unindexHost(h)
@@ -264,7 +276,7 @@ func (s *State) SetMachine(m Machine) error {
 		s.mend()
 		return nil
 	}
-	inside := slices.Clone(old.in.members)
+	inside := slices.Clone(old.in.byID())
 	s.dropMachine(old)
 	n := &machine{Machine: m}
 	s.addMachine(n)
@@ -401,7 +413,7 @@ func (s *State) SetVolume(id, host string) {
 func (s *State) Clone() *State {
 	n := New()
 	for _, id := range slices.Sorted(maps.Keys(s.hosts)) {
-		h := &host{Host: s.hosts[id].Host, ports: map[portKey][]*container{}}
+		h := newHost(s.hosts[id].Host)
 		h.Labels = maps.Clone(h.Labels)
 		n.hosts[id] = h
 		n.indexHost(h)
