@@ -53,7 +53,7 @@ func (s *State) resize(m *machine, to Size) {
 
 // place puts a container that is nowhere into m, or onto h itself when m is nil.
 func (s *State) place(c *container, h *host, m *machine) {
-	c.host, c.machine, c.Host = h, m, h.ID
+	c.host, c.machine = h, m
 	s.epoch++
 	s.charge(c, 1)
 	h.all.add(c)
@@ -63,7 +63,6 @@ func (s *State) place(c *container, h *host, m *machine) {
 		h.batch++
 	}
 	if m != nil {
-		c.Machine = m.ID
 		s.unindexMachine(m)
 		m.sum = m.sum.add(c.need)
 		m.in.add(c)
@@ -83,10 +82,12 @@ func (s *State) place(c *container, h *host, m *machine) {
 	}
 	if c.Service != "" {
 		k := c.service()
-		if s.services[k] == nil {
-			s.services[k] = map[*host]int{}
+		on := s.services[k]
+		if on == nil {
+			on = map[*host]int{}
+			s.services[k] = on
 		}
-		s.services[k][h]++
+		on[h]++
 		s.zones[zoneKey{k, h.Zone}]++
 	}
 	if len(c.Anti) > 0 {
@@ -109,7 +110,7 @@ func (s *State) unplace(c *container) {
 	}
 	s.release(c)
 	s.epoch++
-	c.host, c.machine, c.Host, c.Machine = nil, nil, "", ""
+	c.host, c.machine = nil, nil
 	s.charge(c, -1)
 	h.all.remove(c)
 	h.busy = h.busy.sub(c.need)
@@ -160,11 +161,11 @@ func (s *State) unplace(c *container) {
 		} else {
 			delete(s.zones, z)
 		}
-		if s.services[k][h]--; s.services[k][h] == 0 {
-			delete(s.services[k], h)
-			if len(s.services[k]) == 0 {
-				delete(s.services, k)
-			}
+		on := s.services[k]
+		if n := on[h]; n > 1 {
+			on[h] = n - 1
+		} else if delete(on, h); len(on) == 0 {
+			delete(s.services, k)
 		}
 	}
 }

@@ -69,7 +69,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 		return d.commitPowerOff(h, stale)
 	case Evict:
 		c := s.containers[a.Container]
-		if c == nil || c.host == nil || c.Machine != a.FromMachine || c.Host != a.FromHost {
+		if c == nil || c.host == nil || c.machineID() != a.FromMachine || c.hostID() != a.FromHost {
 			return stale("it is no longer there")
 		}
 		d.remove(c)
@@ -91,7 +91,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 		return nil
 	case PlaceM:
 		c := s.containers[a.Container]
-		if c != nil && a.FromHost != "" && c.Host == a.FromHost && c.Machine == a.FromMachine {
+		if c != nil && a.FromHost != "" && c.hostID() == a.FromHost && c.machineID() == a.FromMachine {
 			d.remove(c) // from a host that was lost
 		}
 		if c == nil || c.host != nil {
@@ -113,7 +113,7 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 	switch a.Kind {
 	case Place:
 		c := s.containers[a.Container]
-		if c != nil && a.FromHost != "" && c.Host == a.FromHost && c.Machine == a.FromMachine {
+		if c != nil && a.FromHost != "" && c.hostID() == a.FromHost && c.machineID() == a.FromMachine {
 			d.remove(c) // from a host that was lost
 		}
 		if c == nil || c.host != nil {
@@ -196,7 +196,7 @@ func (h *host) allStopping() bool {
 func (d *decision) commitMove(a *Action, h *host, m *machine, stale func(string, ...any) error) error {
 	s := d.s
 	c := s.containers[a.Container]
-	if c == nil || c.Machine != a.FromMachine || c.Host != a.FromHost {
+	if c == nil || c.machineID() != a.FromMachine || c.hostID() != a.FromHost {
 		return stale("it is no longer in %s on %s", a.FromMachine, a.FromHost)
 	}
 	d.remove(c)

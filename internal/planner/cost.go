@@ -51,6 +51,7 @@ type candidate struct {
 	machine *machine // nil with Boot and PlaceM
 	to      Size     // the machine's size after Grow or Boot
 	grown   Size     // by how much it grew
+	beside  int      // replicas of the service on the host
 	seconds float64
 	pinned  int64
 	terms   [nTerms]float64
@@ -199,7 +200,7 @@ func (d *decision) spread(c *container, a *candidate) float64 {
 	if c.Service == "" || d.loose {
 		return 0
 	}
-	onHost, inMachine := d.replicas[a.host], 0
+	onHost, inMachine := a.beside, 0
 	if onHost == 0 && c.Spread != "zone" {
 		return 0 // nor in any of its machines
 	}

@@ -97,7 +97,7 @@ func (s *State) placeAll(ids []string) (*Plan, error) {
 			return nil, fmt.Errorf("place container %q: not known; SetContainer it first", id)
 		}
 		if c.host != nil {
-			return nil, fmt.Errorf("place container %s: it is already on %s", id, c.Host)
+			return nil, fmt.Errorf("place container %s: it is already on %s", id, c.hostID())
 		}
 		list = append(list, c)
 	}

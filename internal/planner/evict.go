@@ -118,7 +118,7 @@ func (d *decision) evictFor(f *finder, h *host, list []*container) bool {
 		if m != nil && !slices.Contains(machines, m) {
 			machines = append(machines, m)
 		}
-		d.actions = append(d.actions, Action{Kind: Evict, Container: o.ID, FromMachine: o.Machine, FromHost: o.Host, Host: o.Host, Bytes: o.need.Memory,
+		d.actions = append(d.actions, Action{Kind: Evict, Container: o.ID, FromMachine: o.machineID(), FromHost: o.hostID(), Host: o.hostID(), Bytes: o.need.Memory,
 			Reason: Reason{Summary: o.ID + " " + why}})
 		d.remove(o)
 	}

@@ -218,33 +218,36 @@ func (f *finder) remedy() string {
 			}
 		}
 	}
-	saved := c.Container
-	defer func() { c.Container = saved }()
-	if c.Ports = nil; len(saved.Ports) > 0 {
+	saved := c.demands
+	defer func() { c.demands = saved }()
+	// without is what c asks for, less what change takes away.
+	without := func(change func(*demands)) {
+		less := *saved
+		change(&less)
+		c.demands = &less
+	}
+	if without(func(x *demands) { x.Ports = nil }); len(saved.Ports) > 0 {
 		if id := works(); id != "" {
-			x := portRule(&container{Container: saved}, s.hosts[id])
+			x := portRule(&container{ID: c.ID, Project: c.Project, Service: c.Service, demands: saved}, s.hosts[id])
 			return fmt.Sprintf("publish another port: on %s %s", id, x.detail)
 		}
 	}
-	c.Container = saved
-	if c.Hosts = nil; len(saved.Hosts) > 0 {
+	if without(func(x *demands) { x.Hosts = nil }); len(saved.Hosts) > 0 {
 		if id := works(); id != "" {
 			return fmt.Sprintf("allow %s too: it has room, and is not one of the hosts asked for", id)
 		}
 	}
-	c.Container = saved
-	if c.Anti = nil; len(saved.Anti) > 0 {
+	if without(func(x *demands) { x.Anti = nil }); len(saved.Anti) > 0 {
 		if id := works(); id != "" {
 			return fmt.Sprintf("relax the rules on company: without them it fits on %s", id)
 		}
 	}
-	c.Container = saved
-	if c.Volumes = nil; len(saved.Volumes) > 0 {
+	if without(func(x *demands) { x.Volumes = nil }); len(saved.Volumes) > 0 {
 		if id := works(); id != "" {
 			return fmt.Sprintf("make room where its volumes are (%s), or do without them on %s", f.pinRule().detail, id)
 		}
 	}
-	c.Container = saved
+	c.demands = saved
 	if c.Isolation == Metal && !slices.ContainsFunc(ids, func(id string) bool { return s.hosts[id].Capabilities.Metal }) {
 		return "choose another isolation: no host runs containers outside of machines"
 	}

@@ -49,7 +49,7 @@ func cells[T item](b *buckets[T]) map[string]any {
 }
 
 func (b *box) summary() any {
-	return []any{ids(b.byID()), fmt.Sprint(b.services), ids(b.anti)}
+	return []any{ids(b.byID()), fmt.Sprint(b.services.all()), ids(b.anti)}
 }
 
 func summary(s *State) map[string]any {
@@ -75,7 +75,7 @@ func summary(s *State) map[string]any {
 		out["machine "+id] = []any{m.Machine, m.sum, m.in.summary(), m.indexed}
 	}
 	for id, c := range s.containers {
-		out["container "+id] = []any{c.Machine, c.Host, c.need}
+		out["container "+id] = []any{c.machineID(), c.hostID(), c.need}
 	}
 	for v, list := range s.users {
 		out["users "+v] = ids(list)

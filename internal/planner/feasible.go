@@ -195,9 +195,9 @@ func (s *State) volumeRule(c *container, h *host, m *machine) miss {
 			if o == c || o.host == h && o.machine == m {
 				continue
 			}
-			where := "on " + o.Host
+			where := "on " + o.hostID()
 			if o.machine != nil {
-				where = "in " + o.Machine
+				where = "in " + o.machineID()
 			}
 			return miss{rule: RuleVolume, detail: fmt.Sprintf("can't have volume %s: %s uses it %s", v, o.ID, where)}
 		}

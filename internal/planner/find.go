@@ -26,12 +26,18 @@ type missed struct {
 	end         int // where its detail ends in a text that is being made
 }
 
-func (f *finder) add(kind Kind, h *host, m *machine) {
-	if h == f.d.not || h == f.d.nor || m != nil && f.d.into != nil && !f.d.into(f.c, m) {
-		return
+// add weighs an option; it says how many replicas of the service its host has.
+func (f *finder) add(kind Kind, h *host, m *machine) int {
+	beside := 0
+	if len(f.d.replicas) > 0 {
+		beside = f.d.replicas[h]
 	}
-	f.found = append(f.found, candidate{kind: kind, host: h, machine: m})
+	if h == f.d.not || h == f.d.nor || m != nil && f.d.into != nil && !f.d.into(f.c, m) {
+		return beside
+	}
+	f.found = append(f.found, candidate{kind: kind, host: h, machine: m, beside: beside})
 	f.d.weigh(f.c, &f.found[len(f.found)-1])
+	return beside
 }
 
 // turnedAway counts n candidates excluded by x, of which who is one.
@@ -71,7 +77,7 @@ func (f *finder) pins() ([]*host, bool) {
 	for _, v := range c.Volumes {
 		at := s.volumes[v]
 		if at == "" && len(s.users[v]) > 0 {
-			at = s.users[v][0].Host
+			at = s.users[v][0].host.ID
 		}
 		if at != "" && !slices.Contains(ids, at) {
 			ids, restricted = append(ids, at), true
@@ -111,9 +117,10 @@ func (f *finder) pinRule() miss {
 // search bounds a look-up: enough good candidates, or too long a search with some.
 type search struct{ fresh, looked, found int }
 
-func (f *finder) hit(x *search, h *host) {
+// hit counts a good candidate with so many replicas of the service on its host.
+func (x *search) hit(beside int) {
 	x.found++
-	if f.d.replicas[h] == 0 {
+	if beside == 0 {
 		x.fresh++
 	}
 }
@@ -162,8 +169,7 @@ func (f *finder) machines() {
 	g.free.fitting(c.need, func(m *machine) bool {
 		x.looked++
 		if c.need.fits(m.slot) && (easy || s.machineRules(c, m).ok()) {
-			f.add(Place, m.host, m)
-			f.hit(&x, m.host)
+			x.hit(f.add(Place, m.host, m))
 		}
 		return x.on(enough)
 	})
@@ -178,8 +184,7 @@ func (f *finder) machines() {
 			return x.on(enough)
 		}
 		if !slot {
-			f.add(Grow, m.host, m)
-			f.hit(&x, m.host)
+			x.hit(f.add(Grow, m.host, m))
 		}
 		return x.on(enough)
 	})
@@ -259,8 +264,7 @@ func (f *finder) hosts(kind Kind) {
 		if x := rules(c, h); !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
 		} else {
-			f.add(kind, h, nil)
-			f.hit(&y, h)
+			y.hit(f.add(kind, h, nil))
 		}
 		return y.on(f.enough())
 	})

@@ -255,7 +255,7 @@ type box struct {
 	members  []*container // in any order; see byID
 	level    uint8        // which of its places a member has here
 	sorted   bool         // members are by id
-	services map[serviceKey]int
+	services tallies
 	anti     []*container // those with anti rules, by id
 }
 
@@ -270,10 +270,7 @@ func (b *box) add(c *container) {
 	b.members = append(b.members, c)
 	b.sorted = len(b.members) == 1
 	if c.Service != "" {
-		if b.services == nil {
-			b.services = map[serviceKey]int{}
-		}
-		b.services[c.service()]++
+		b.services.add(c.service())
 	}
 	if len(c.Anti) > 0 {
 		b.anti = insertByID(b.anti, c)
@@ -290,11 +287,7 @@ func (b *box) remove(c *container) {
 	b.members[last] = nil
 	b.members = b.members[:last]
 	if c.Service != "" {
-		if k := c.service(); b.services[k] > 1 {
-			b.services[k]--
-		} else {
-			delete(b.services, k)
-		}
+		b.services.remove(c.service())
 	}
 	if len(c.Anti) > 0 {
 		b.anti = removeByID(b.anti, c)
@@ -318,7 +311,7 @@ func (b *box) count(k serviceKey) int {
 	if k.service == "" {
 		return 0
 	}
-	return b.services[k]
+	return b.services.count(k)
 }
 
 type groupKey struct {

@@ -199,7 +199,7 @@ func (d *decision) scatter(m *machine) {
 // again places a container of a lost host: where it stood by, or wherever it fits.
 func (d *decision) again(c *container) {
 	standby := c.standby
-	fromMachine, fromHost := c.Machine, c.Host
+	fromMachine, fromHost := c.machineID(), c.hostID()
 	d.remove(c)
 	why := fromHost + " was lost"
 	for _, g := range standby {

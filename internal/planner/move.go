@@ -294,7 +294,7 @@ func (d *decision) moveAll(members []*container, b *budget, why string) bool {
 
 // move places c anew and turns what comes of it into a Move.
 func (d *decision) move(c *container, why string) bool {
-	fromMachine, fromHost := c.Machine, c.Host
+	fromMachine, fromHost := c.machineID(), c.hostID()
 	d.remove(c)
 	power, evict := d.noPower, d.evict
 	d.noPower, d.evict = true, false

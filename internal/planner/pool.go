@@ -100,7 +100,7 @@ func (s *State) quota(project string) *quota {
 
 // charge books a container that comes to a host (by 1) or leaves (-1).
 func (s *State) charge(c *container, by int64) {
-	q := s.quota(c.Project)
+	q := c.quota
 	q.used = q.used.add(c.need.times(by))
 	q.containers += int(by)
 	for p := s.pool(c.Pool); p != nil; p = p.parent {
@@ -116,7 +116,7 @@ func (s *State) chargeMachine(m *machine, by int) {
 
 // admission checks what bounds c wherever it goes.
 func (s *State) admission(c *container) miss {
-	if q := s.quotas[c.Project]; q != nil {
+	if q := c.quota; q.Quota != (Quota{}) {
 		if q.Containers > 0 && q.containers >= q.Containers {
 			return miss{rule: RuleQuota, detail: fmt.Sprintf("project %s may have %d containers, and has them", c.Project, q.Containers)}
 		}
@@ -124,13 +124,13 @@ func (s *State) admission(c *container) miss {
 			return miss{rule: RuleQuota, short: short, detail: fmt.Sprintf("project %s may reserve %s: %s too little", c.Project, q.Request, short)}
 		}
 	}
+	if len(s.pools) == 0 {
+		return miss{}
+	}
 	for p := s.pools[c.Pool]; p != nil; p = p.parent {
 		if short := over(p.used.add(c.need), p.Limit); !short.zero() {
 			return miss{rule: RulePool, short: short, detail: fmt.Sprintf("pool %s is limited to %s: %s too little", p.Path, p.Limit, short)}
 		}
-	}
-	if len(s.pools) == 0 {
-		return miss{}
 	}
 	// What pools have reserved and do not use yet is not for others.
 	kept := s.keptFrom(c)
@@ -202,7 +202,7 @@ func (s *State) machineQuota(c *container, kind Kind) miss {
 	if kind != Boot || c.Isolation == Shared {
 		return miss{}
 	}
-	if q := s.quotas[c.Project]; q != nil && q.Machines > 0 && q.machines >= q.Machines {
+	if q := c.quota; q.Machines > 0 && q.machines >= q.Machines {
 		return miss{rule: RuleQuota, detail: fmt.Sprintf("project %s may have %d machines, and has them", c.Project, q.Machines)}
 	}
 	return miss{}

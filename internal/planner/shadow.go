@@ -92,6 +92,9 @@ func (s *State) friends(c, o *container, g *host) bool {
 	return true
 }
 
+// nobody is a container that is nowhere and has no shadows.
+var nobody = &container{demands: noDemands}
+
 // besides counts a service in b without o itself.
 func besides(o *container, b *box, k serviceKey) int {
 	n := b.count(k)
@@ -109,7 +112,7 @@ func (s *State) residentRule(c *container, h *host) miss {
 	}
 	for _, o := range h.shadows {
 		if o != c && o.host != h && !s.friends(c, o, h) {
-			return miss{rule: RuleFailover, detail: "is where " + o.ID + " would start if " + o.Host + " were lost, which must not be beside it"}
+			return miss{rule: RuleFailover, detail: "is where " + o.ID + " would start if " + o.hostID() + " were lost, which must not be beside it"}
 		}
 	}
 	for _, r := range c.Anti {
@@ -118,7 +121,7 @@ func (s *State) residentRule(c *container, h *host) miss {
 		if b == nil || k.service == "" || len(s.services[k]) == 0 {
 			continue
 		}
-		if b.count(k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}}) > r.Max {
+		if b.count(k)+s.shadowsOf(k, h, nobody) > r.Max {
 			return miss{rule: RuleFailover, detail: "is where " + r.Service + " would start after a loss, which must not be beside it"}
 		}
 	}
@@ -132,7 +135,7 @@ func (s *State) residentRule(c *container, h *host) miss {
 				continue
 			}
 			k := c.service()
-			if besides(o, b, k)+s.shadowsOf(k, h, &container{Container: Container{ID: c.ID}})+1 > r.Max {
+			if besides(o, b, k)+s.shadowsOf(k, h, nobody)+1 > r.Max {
 				return miss{rule: RuleFailover, detail: "is where more of " + c.Service + " would start after a loss than " + o.ID + " allows beside it"}
 			}
 		}

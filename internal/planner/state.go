@@ -86,15 +86,81 @@ type machine struct {
 	indexed          bool
 }
 
+// container is a Container in 128 bytes: there may be a million.
 type container struct {
-	Container
-	need    Size
-	host    *host
-	machine *machine
-	standby [2]*host
-	place   [2]int32 // in its boxes, by their level
-	plain   bool     // brings no rules on where it goes
-	exposed bool     // in State.exposed
+	ID        string
+	Project   string
+	Service   string
+	need      Size
+	*demands  // never nil
+	host      *host
+	machine   *machine
+	standby   [2]*host
+	quota     *quota   // of its project
+	place     [2]int32 // in its boxes, by their level
+	Isolation Isolation
+	Class     Class
+	Uncovered bool
+	Stateful  bool
+	plain     bool // brings no rules on where it goes
+	exposed   bool // in State.exposed
+}
+
+// demands is what few containers ask for; the others share none of it.
+type demands struct {
+	Ports   []Port
+	Volumes []string
+	Hosts   []string
+	Zones   []string
+	Anti    []AntiRule
+	Near    []NearRule
+	Pool    string
+	Spread  string
+}
+
+var noDemands = &demands{}
+
+func (s *State) newContainer(c *Container) *container {
+	n := &container{
+		ID: c.ID, Project: s.name(c.Project), Service: s.name(c.Service), need: c.effective(), demands: noDemands, quota: s.quota(c.Project),
+		Isolation: c.Isolation, Class: c.Class, Uncovered: c.Uncovered, Stateful: c.Stateful,
+	}
+	n.plain = len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Anti)+len(c.Near) == 0
+	if n.plain && c.Pool == "" && c.Spread == "" {
+		return n
+	}
+	n.demands = &demands{
+		Ports: slices.Clone(c.Ports), Volumes: slices.Clone(c.Volumes), Hosts: slices.Clone(c.Hosts), Zones: slices.Clone(c.Zones),
+		Anti: slices.Clone(c.Anti), Near: slices.Clone(c.Near), Pool: c.Pool, Spread: c.Spread,
+	}
+	for i := range n.Anti {
+		n.Anti[i].Service = s.name(n.Anti[i].Service)
+	}
+	return n
+}
+
+// unplaced is what is known of c, but not where it is.
+func (c *container) unplaced() Container {
+	return Container{
+		ID: c.ID, Project: c.Project, Service: c.Service, Isolation: c.Isolation, Class: c.Class, Request: c.need,
+		Ports: c.Ports, Volumes: c.Volumes, Hosts: c.Hosts, Zones: c.Zones, Pool: c.Pool, Uncovered: c.Uncovered,
+		Stateful: c.Stateful, Spread: c.Spread, Anti: c.Anti, Near: c.Near,
+	}
+}
+
+// machineID and hostID are where c is, "" if nowhere.
+func (c *container) machineID() string {
+	if c.machine == nil {
+		return ""
+	}
+	return c.machine.ID
+}
+
+func (c *container) hostID() string {
+	if c.host == nil {
+		return ""
+	}
+	return c.host.ID
 }
 
 func (h *host) id() string               { return h.ID }
@@ -200,7 +266,7 @@ func (s *State) SetHost(h Host) error {
 		return nil
 	}
 	s.unindexHost(old)
-	for k := range old.all.services {
+	for k := range old.all.services.all() {
 		s.rezone(k, old, h.Zone)
 	}
 	old.Host = h
@@ -335,7 +401,10 @@ func (s *State) SetContainer(c Container) error {
 		}
 	}
 	var h *host
-	m := s.machines[c.Machine]
+	var m *machine
+	if c.Machine != "" {
+		m = s.machines[c.Machine]
+	}
 	switch {
 	case c.Machine != "" && m == nil:
 		return fmt.Errorf("container %s: machine %q is not known", c.ID, c.Machine)
@@ -349,22 +418,13 @@ func (s *State) SetContainer(c Container) error {
 			return fmt.Errorf("container %s: host %q is not known", c.ID, c.Host)
 		}
 	}
-	c.Ports, c.Volumes = slices.Clone(c.Ports), slices.Clone(c.Volumes)
-	c.Hosts, c.Anti = slices.Clone(c.Hosts), slices.Clone(c.Anti)
-	c.Zones, c.Near = slices.Clone(c.Zones), slices.Clone(c.Near)
-	c.Project, c.Service = s.name(c.Project), s.name(c.Service)
-	for i := range c.Anti {
-		c.Anti[i].Service = s.name(c.Anti[i].Service)
-	}
 	s.rev++
 	var stood [2]*host
 	if old := s.containers[c.ID]; old != nil {
 		stood = old.standby
 		s.unplace(old)
 	}
-	n := &container{Container: c, need: c.effective()}
-	n.plain = len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Anti)+len(c.Near) == 0
-	n.Machine, n.Host = "", ""
+	n := s.newContainer(&c)
 	s.containers[c.ID] = n
 	s.pool(c.Pool) // there from now on, with those above it
 	if h != nil {
@@ -382,6 +442,9 @@ func (s *State) SetContainer(c Container) error {
 
 // name is the copy of a name that all share.
 func (s *State) name(v string) string {
+	if v == "" {
+		return ""
+	}
 	n, ok := s.names[v]
 	if !ok {
 		n = strings.Clone(v)
@@ -423,11 +486,13 @@ func (s *State) Clone() *State {
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
 		c := s.containers[id]
-		k := &container{Container: c.Container, need: c.need, plain: c.plain}
-		k.Machine, k.Host = "", ""
+		k := &container{
+			ID: c.ID, Project: n.name(c.Project), Service: n.name(c.Service), need: c.need, demands: c.demands, quota: n.quota(c.Project),
+			Isolation: c.Isolation, Class: c.Class, Uncovered: c.Uncovered, Stateful: c.Stateful, plain: c.plain,
+		}
 		n.containers[c.ID] = k
 		if c.host != nil {
-			n.place(k, n.hosts[c.host.ID], n.machines[c.Machine])
+			n.place(k, n.hosts[c.host.ID], n.machines[c.machineID()])
 		}
 	}
 	maps.Copy(n.volumes, s.volumes)

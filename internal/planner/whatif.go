@@ -62,9 +62,8 @@ func (s *State) scale(x Scale) error {
 	}
 	pattern := Container{}
 	if len(list) > 0 {
-		pattern = list[0].Container
+		pattern = list[0].unplaced()
 	}
-	pattern.Machine, pattern.Host = "", ""
 	pattern.Volumes = slices.Clone(pattern.Volumes)
 	for i := 1; len(list) < x.Replicas; i++ {
 		pattern.ID = fmt.Sprintf("%s-what-if-%d", x.Service, i)
