@@ -174,6 +174,20 @@ func benchLost(b *testing.B, full bool, inside int) {
 	}
 }
 
+// BenchmarkClone copies the state, as a question that may take long does: whoever
+// decides waits meanwhile.
+func BenchmarkClone(b *testing.B) {
+	for _, hosts := range []int{1000, 10000} {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) {
+			s := fill(b, hosts, 1)
+			b.ReportAllocs()
+			for b.Loop() {
+				s.Clone()
+			}
+		})
+	}
+}
+
 // BenchmarkState is the memory of 10,000 hosts, 100,000 machines and 1,000,000 containers.
 func BenchmarkState(b *testing.B) {
 	for b.Loop() {

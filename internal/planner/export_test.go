@@ -8,9 +8,134 @@ import (
 	"slices"
 )
 
-// Consistent compares every index with one built anew from the same facts.
+// Consistent compares every index with one built anew from the same facts, and with a
+// copy's.
 func (s *State) Consistent() error {
+	if err := s.same(s.anew()); err != nil {
+		return err
+	}
 	n := s.Clone()
+	if err := s.same(n); err != nil {
+		return fmt.Errorf("copy: %w", err)
+	}
+	if err := s.apart(n); err != nil {
+		return fmt.Errorf("copy: %w", err)
+	}
+	if err := n.same(n.anew()); err != nil {
+		return fmt.Errorf("copy: %w", err)
+	}
+	return nil
+}
+
+// apart checks that n points at nothing of s.
+func (s *State) apart(n *State) error {
+	seen := map[uintptr]bool{}
+	walk(reflect.ValueOf(s).Elem(), seen, nil)
+	var shared string
+	walk(reflect.ValueOf(n).Elem(), map[uintptr]bool{}, func(v reflect.Value) {
+		if seen[v.Pointer()] && v.Type() != reflect.TypeFor[*demands]() && shared == "" {
+			shared = v.Type().String()
+		}
+	})
+	if shared != "" {
+		return fmt.Errorf("a %s is shared with the original", shared)
+	}
+	return nil
+}
+
+// walk calls found with each pointer and map that v leads to; demands never change.
+func walk(v reflect.Value, seen map[uintptr]bool, found func(reflect.Value)) {
+	switch v.Kind() {
+	case reflect.Pointer, reflect.Map:
+		if v.IsNil() || v.Type() == reflect.TypeFor[*demands]() {
+			return
+		}
+		if seen[v.Pointer()] {
+			return
+		}
+		seen[v.Pointer()] = true
+		if found != nil {
+			found(v)
+		}
+		if v.Kind() == reflect.Pointer {
+			walk(v.Elem(), seen, found)
+			return
+		}
+		for i := v.MapRange(); i.Next(); {
+			walk(i.Key(), seen, found)
+			walk(i.Value(), seen, found)
+		}
+	case reflect.Slice:
+		if v.Len() > 0 && v.Type().Elem().Kind() != reflect.Uint8 && !seen[v.Pointer()] {
+			if found != nil {
+				found(v)
+			}
+			for i := range v.Len() {
+				walk(v.Index(i), seen, found)
+			}
+			seen[v.Pointer()] = true
+		}
+	case reflect.Array:
+		for i := range v.Len() {
+			walk(v.Index(i), seen, found)
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			walk(v.Field(i), seen, found)
+		}
+	}
+}
+
+// anew makes the same state from the facts alone.
+func (s *State) anew() *State {
+	n := New()
+	for _, id := range slices.Sorted(maps.Keys(s.hosts)) {
+		h := newHost(s.hosts[id].Host)
+		h.Labels = maps.Clone(h.Labels)
+		n.hosts[id] = h
+		n.indexHost(h)
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.machines)) {
+		n.addMachine(&machine{Machine: s.machines[id].Machine})
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
+		c := s.containers[id]
+		k := &container{
+			ID: c.ID, Project: n.name(c.Project), Service: n.name(c.Service), need: c.need, demands: c.demands, quota: n.quota(c.Project),
+			Isolation: c.Isolation, Class: c.Class, Uncovered: c.Uncovered, Stateful: c.Stateful, plain: c.plain,
+		}
+		n.containers[c.ID] = k
+		if c.host != nil {
+			n.place(k, n.hosts[c.host.ID], n.machines[c.machineID()])
+		}
+	}
+	maps.Copy(n.volumes, s.volumes)
+	n.policy = s.policy
+	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
+		c, k := s.containers[id], n.containers[id]
+		for slot, g := range c.standby {
+			if g != nil {
+				n.stand(k, slot, n.hosts[g.ID])
+			}
+		}
+		n.setExposed(k, c.exposed)
+	}
+	for _, h := range s.breakers {
+		var from []*host
+		h.broken.all(func(f *host) bool { from = append(from, n.hosts[f.ID]); return true })
+		n.breakClaims(n.hosts[h.ID], from, true)
+	}
+	for _, p := range slices.Sorted(maps.Keys(s.pools)) {
+		n.setPool(s.pools[p].Pool)
+	}
+	for k, q := range s.quotas {
+		n.quota(k).Quota = q.Quota
+	}
+	n.rev = s.rev
+	return n
+}
+
+func (s *State) same(n *State) error {
 	if a, b := summary(s), summary(n); !reflect.DeepEqual(a, b) {
 		for k := range b {
 			if !reflect.DeepEqual(a[k], b[k]) {

@@ -166,17 +166,17 @@ func (f *finder) machines() {
 	// Free slots first; those that do not work out are counted below.
 	var x search
 	easy, enough := s.easy(c) && c.Isolation != Own, f.enough()
-	g.free.fitting(c.need, func(m *machine) bool {
+	g.free.entries(c.need, func(e *entry[*machine]) bool {
 		x.looked++
-		if c.need.fits(m.slot) && (easy || s.machineRules(c, m).ok()) {
+		if m := e.t; c.need.fits(e.space) && (easy || s.machineRules(c, m).ok()) {
 			x.hit(f.add(Place, m.host, m))
 		}
 		return x.on(enough)
 	})
 	x = search{}
-	g.room.fitting(c.need, func(m *machine) bool {
+	g.room.entries(c.need, func(e *entry[*machine]) bool {
 		x.looked++
-		slot := c.need.fits(m.slot)
+		m, slot := e.t, c.need.fits(e.space)
 		if easy && (slot || c.need.fits(m.reach)) {
 			// Nothing else can turn it away.
 		} else if v := s.machineRules(c, m); !v.ok() {
@@ -229,9 +229,11 @@ func (f *finder) machine(m *machine) {
 // hosts finds where a machine can be booted, or the container run on metal.
 func (f *finder) hosts(kind Kind) {
 	s, c := f.d.s, f.c
-	rules := s.bootRules
-	if kind == PlaceM {
-		rules = s.metalRules
+	rules := func(h *host) miss {
+		if kind == PlaceM {
+			return s.metalRules(c, h)
+		}
+		return s.bootRules(c, h)
 	}
 	if kind == Boot && f.d.noBoot {
 		return
@@ -242,7 +244,7 @@ func (f *finder) hosts(kind Kind) {
 	}
 	if only, ok := f.pins(); ok {
 		for _, h := range only {
-			if x := rules(c, h); !x.ok() {
+			if x := rules(h); !x.ok() {
 				f.turnedAway("host", h.ID, x, 1)
 			} else {
 				f.add(kind, h, nil)
@@ -255,19 +257,21 @@ func (f *finder) hosts(kind Kind) {
 		f.closed(closed)
 	}
 	var y search
-	look := s.open.fitting
-	if kind == Boot && c.Isolation == Project && f.d.switchable() {
-		look = s.open.roomiest // see WeightCrowd
-	}
-	look(c.need, func(h *host) bool {
+	enough := f.enough()
+	look := func(h *host) bool {
 		y.looked++
-		if x := rules(c, h); !x.ok() {
+		if x := rules(h); !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
 		} else {
 			y.hit(f.add(kind, h, nil))
 		}
-		return y.on(f.enough())
-	})
+		return y.on(enough)
+	}
+	if kind == Boot && c.Isolation == Project && f.d.switchable() {
+		s.open.roomiest(c.need, look) // see WeightCrowd
+	} else {
+		s.open.fitting(c.need, look)
+	}
 	looked, limit := 0, maxExplained
 	if len(f.found) > 0 {
 		limit = maxNearMisses
@@ -280,7 +284,7 @@ func (f *finder) hosts(kind Kind) {
 				return false
 			}
 			i++
-			if x := rules(c, h); !x.ok() {
+			if x := rules(h); !x.ok() {
 				f.turnedAway("host", h.ID, x, 1)
 			}
 			return true

@@ -9,6 +9,7 @@ import (
 type item interface {
 	id() string
 	order() order
+	space() Size // what a search looks at first; the same as long as it is in
 }
 
 // order is the first 16 bytes of an id, as numbers that compare like them: two ids are
@@ -93,6 +94,25 @@ func (b *buckets[T]) fitting(need Size, yield func(T) bool) {
 	}
 }
 
+// entries calls yield with the entries of what may have room for need, tightest cells
+// first, until it says stop.
+func (b *buckets[T]) entries(need Size, yield func(*entry[T]) bool) {
+	cpu, mem := class(need.CPU), class(need.Memory)
+	i, _ := slices.BinarySearch(b.keys, cpu<<16)
+	for ; i < len(b.keys); i++ {
+		if b.keys[i]&0xffff < mem {
+			continue
+		}
+		for _, r := range b.cells[i].runs {
+			for j := range r {
+				if !yield(&r[j]) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // roomiest calls yield with what may have room for need, the largest cells first.
 func (b *buckets[T]) roomiest(need Size, yield func(T) bool) {
 	cpu, mem := class(need.CPU), class(need.Memory)
@@ -121,8 +141,11 @@ type ordered[T item] struct {
 	n    int
 }
 
+// entry has what most searches ask beside the pointer: they go over many, and follow
+// few.
 type entry[T item] struct {
 	order order
+	space Size
 	t     T
 }
 
@@ -160,12 +183,12 @@ func (o *ordered[T]) insert(t T) {
 	o.n++
 	at := t.order()
 	if len(o.runs) == 0 {
-		o.runs = append(o.runs, append(make([]entry[T], 0, 4), entry[T]{at, t}))
+		o.runs = append(o.runs, append(make([]entry[T], 0, 4), entry[T]{at, t.space(), t}))
 		return
 	}
 	i := o.run(t, at)
 	r := o.runs[i]
-	r = slices.Insert(r, find(r, t, at), entry[T]{at, t})
+	r = slices.Insert(r, find(r, t, at), entry[T]{at, t.space(), t})
 	o.runs[i] = r
 	if len(r) > maxRun {
 		right := append(make([]entry[T], 0, maxRun), r[maxRun/2:]...)

@@ -86,86 +86,12 @@ type machine struct {
 	indexed          bool
 }
 
-// container is a Container in 128 bytes: there may be a million.
-type container struct {
-	ID        string
-	Project   string
-	Service   string
-	need      Size
-	*demands  // never nil
-	host      *host
-	machine   *machine
-	standby   [2]*host
-	quota     *quota   // of its project
-	place     [2]int32 // in its boxes, by their level
-	Isolation Isolation
-	Class     Class
-	Uncovered bool
-	Stateful  bool
-	plain     bool // brings no rules on where it goes
-	exposed   bool // in State.exposed
-}
-
-// demands is what few containers ask for; the others share none of it.
-type demands struct {
-	Ports   []Port
-	Volumes []string
-	Hosts   []string
-	Zones   []string
-	Anti    []AntiRule
-	Near    []NearRule
-	Pool    string
-	Spread  string
-}
-
-var noDemands = &demands{}
-
-func (s *State) newContainer(c *Container) *container {
-	n := &container{
-		ID: c.ID, Project: s.name(c.Project), Service: s.name(c.Service), need: c.effective(), demands: noDemands, quota: s.quota(c.Project),
-		Isolation: c.Isolation, Class: c.Class, Uncovered: c.Uncovered, Stateful: c.Stateful,
-	}
-	n.plain = len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Anti)+len(c.Near) == 0
-	if n.plain && c.Pool == "" && c.Spread == "" {
-		return n
-	}
-	n.demands = &demands{
-		Ports: slices.Clone(c.Ports), Volumes: slices.Clone(c.Volumes), Hosts: slices.Clone(c.Hosts), Zones: slices.Clone(c.Zones),
-		Anti: slices.Clone(c.Anti), Near: slices.Clone(c.Near), Pool: c.Pool, Spread: c.Spread,
-	}
-	for i := range n.Anti {
-		n.Anti[i].Service = s.name(n.Anti[i].Service)
-	}
-	return n
-}
-
-// unplaced is what is known of c, but not where it is.
-func (c *container) unplaced() Container {
-	return Container{
-		ID: c.ID, Project: c.Project, Service: c.Service, Isolation: c.Isolation, Class: c.Class, Request: c.need,
-		Ports: c.Ports, Volumes: c.Volumes, Hosts: c.Hosts, Zones: c.Zones, Pool: c.Pool, Uncovered: c.Uncovered,
-		Stateful: c.Stateful, Spread: c.Spread, Anti: c.Anti, Near: c.Near,
-	}
-}
-
-// machineID and hostID are where c is, "" if nowhere.
-func (c *container) machineID() string {
-	if c.machine == nil {
-		return ""
-	}
-	return c.machine.ID
-}
-
-func (c *container) hostID() string {
-	if c.host == nil {
-		return ""
-	}
-	return c.host.ID
-}
-
 func (h *host) id() string               { return h.ID }
 func (m *machine) id() string            { return m.ID }
 func (c *container) id() string          { return c.ID }
+func (h *host) space() Size              { return Size{} } // it changes
+func (m *machine) space() Size           { return m.slot }
+func (c *container) space() Size         { return c.need }
 func (h *host) order() order             { return h.begins }
 func (m *machine) order() order          { return m.begins }
 func (c *container) order() order        { return orderOf(c.ID) }
@@ -470,55 +396,6 @@ func (s *State) SetVolume(id, host string) {
 	}
 	s.rev++
 	s.setVolume(id, host)
-}
-
-// Clone copies the state, for what-if questions. O(everything).
-func (s *State) Clone() *State {
-	n := New()
-	for _, id := range slices.Sorted(maps.Keys(s.hosts)) {
-		h := newHost(s.hosts[id].Host)
-		h.Labels = maps.Clone(h.Labels)
-		n.hosts[id] = h
-		n.indexHost(h)
-	}
-	for _, id := range slices.Sorted(maps.Keys(s.machines)) {
-		n.addMachine(&machine{Machine: s.machines[id].Machine})
-	}
-	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
-		c := s.containers[id]
-		k := &container{
-			ID: c.ID, Project: n.name(c.Project), Service: n.name(c.Service), need: c.need, demands: c.demands, quota: n.quota(c.Project),
-			Isolation: c.Isolation, Class: c.Class, Uncovered: c.Uncovered, Stateful: c.Stateful, plain: c.plain,
-		}
-		n.containers[c.ID] = k
-		if c.host != nil {
-			n.place(k, n.hosts[c.host.ID], n.machines[c.machineID()])
-		}
-	}
-	maps.Copy(n.volumes, s.volumes)
-	n.policy = s.policy
-	for _, id := range slices.Sorted(maps.Keys(s.containers)) {
-		c, k := s.containers[id], n.containers[id]
-		for slot, g := range c.standby {
-			if g != nil {
-				n.stand(k, slot, n.hosts[g.ID])
-			}
-		}
-		n.setExposed(k, c.exposed)
-	}
-	for _, h := range s.breakers {
-		var from []*host
-		h.broken.all(func(f *host) bool { from = append(from, n.hosts[f.ID]); return true })
-		n.breakClaims(n.hosts[h.ID], from, true)
-	}
-	for _, p := range slices.Sorted(maps.Keys(s.pools)) {
-		n.setPool(s.pools[p].Pool)
-	}
-	for k, q := range s.quotas {
-		n.quota(k).Quota = q.Quota
-	}
-	n.rev = s.rev
-	return n
 }
 
 // rezone follows a host to another zone with what it has of a service.
