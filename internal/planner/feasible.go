@@ -210,7 +210,7 @@ func (s *State) machineRules(c *container, m *machine) miss {
 	if m.Stopping {
 		return miss{rule: RuleDown, detail: "is stopping"}
 	}
-	if m.group != s.groups[groupOf(c.Isolation, c.Project)] {
+	if groupOf(m.Isolation, m.Project) != groupOf(c.Isolation, c.Project) {
 		if c.Isolation != m.Isolation {
 			return miss{rule: RuleIsolation, detail: "has another isolation"}
 		}
