@@ -92,13 +92,14 @@ func adapt(b *testing.B, file string, change func(map[string]any)) {
 
 // inTurns runs busybox true by `tandem run --rm` with these flags, and each of the
 // others, nine times one after the other, so that all see the same load, and returns
-// medians, of Tandem first. What Tandem removes after a container's end is waited
-// for: it would burden the others.
+// medians, of Tandem first. Nobody is burdened with what another one does after a
+// container's end.
 func inTurns(b *testing.B, h *host.Host, flags []string, others ...func() time.Duration) []time.Duration {
 	b.Helper()
 	d := make([][]time.Duration, 1+len(others))
 	here := strings.Count(h.Tandem("ps", "-a", "-q"), "\n")
 	for range 9 {
+		time.Sleep(time.Second) // each begins when what others left has been cleared
 		start := time.Now()
 		h.Tandem(append(append([]string{"run", "--rm"}, flags...), "busybox", "true")...)
 		d[0] = append(d[0], time.Since(start))
@@ -108,8 +109,8 @@ func inTurns(b *testing.B, h *host.Host, flags []string, others ...func() time.D
 			}
 			return nil
 		})
-		time.Sleep(time.Second) // what Tandem does when nobody waits would burden the others, too
 		for i, other := range others {
+			time.Sleep(time.Second)
 			d[1+i] = append(d[1+i], other())
 		}
 	}
