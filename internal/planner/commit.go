@@ -98,6 +98,9 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 			return stale("the container is gone or placed")
 		}
 		s.makeRoom(h, c.need, &d.undo)
+		if d.relaxed {
+			s.makeWay(c, h, &d.undo)
+		}
 		if x := s.admission(c); !x.ok() {
 			return stale("%s", x.detail)
 		}
@@ -121,6 +124,9 @@ func (d *decision) commit(a *Action, rename map[string]string) error {
 		}
 		if !c.need.fits(m.free()) {
 			return stale("%s has no free slot", m.ID)
+		}
+		if d.relaxed {
+			s.makeWay(c, h, &d.undo)
 		}
 		if x := s.admission(c); !x.ok() {
 			return stale("%s", x.detail)

@@ -196,7 +196,8 @@ func (d *decision) scatter(m *machine) {
 	}
 }
 
-// again places a container of a lost host: where it stood by, or wherever it fits.
+// again places a container of a lost host: where it stood by, whatever others would
+// need there after the next loss, or wherever it fits.
 func (d *decision) again(c *container) {
 	standby := c.standby
 	fromMachine, fromHost := c.machineID(), c.hostID()
@@ -207,6 +208,7 @@ func (d *decision) again(c *container) {
 			continue
 		}
 		k := d.mark()
+		d.s.makeWay(c, g, &d.undo)
 		d.only = g
 		power, evict := d.noPower, d.evict
 		d.noPower, d.evict = true, false

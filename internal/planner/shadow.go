@@ -143,6 +143,73 @@ func (s *State) residentRule(c *container, h *host) miss {
 	return miss{}
 }
 
+// makeWay lets c come to h after a loss, or as a fact: who stands by there and could
+// not bear it, or who it could not bear, finds another standby host or is exposed.
+// Those whose own host is down start there themselves and stay.
+func (s *State) makeWay(c *container, h *host, undo *journal) {
+	for s.residentRule(c, h).rule == RuleFailover {
+		o := s.inTheWay(c, h)
+		if o == nil {
+			return
+		}
+		slot := 0
+		if o.standby[0] != h {
+			slot = 1
+		}
+		if s.restand(o, slot, h, undo) {
+			continue
+		}
+		s.unstand(o, slot)
+		undo.note(func() { s.unstand(o, slot) }, func() { s.stand(o, slot, h) })
+		s.expose(o, undo)
+	}
+}
+
+// inTheWay is one of the shadows that keep c from h, the first by id; nil: none does, or
+// none that may go.
+func (s *State) inTheWay(c *container, h *host) *container {
+	for _, o := range h.shadows {
+		if o != c && o.host != h && !o.host.Down && !s.friends(c, o, h) {
+			return o
+		}
+	}
+	for _, r := range c.Anti {
+		k := serviceKey{c.Project, r.Service}
+		if b := r.reach(c, nil, h); b != nil && b.count(k)+s.shadowsOf(k, h, nobody) > r.Max {
+			if o := firstShadow(k, h, c); o != nil {
+				return o
+			}
+		}
+	}
+	for _, o := range h.all.anti {
+		for _, r := range o.Anti {
+			if b := r.reach(o, c, h); b != nil && r.Service == c.Service && o.Project == c.Project && o != c &&
+				besides(o, b, c.service())+s.shadowsOf(c.service(), h, nobody)+1 > r.Max {
+				if x := firstShadow(c.service(), h, c); x != nil {
+					return x
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// firstShadow is the first shadow on h, by id, of a service, but for c and those whose
+// host is down.
+func firstShadow(k serviceKey, h *host, c *container) (first *container) {
+	for _, x := range h.claims {
+		if x.from.Down || x.from.all.count(k) == 0 {
+			continue
+		}
+		for _, o := range x.from.all.members {
+			if o != c && o.service() == k && (o.standby[0] == h || o.standby[1] == h) && (first == nil || o.ID < first.ID) {
+				first = o
+			}
+		}
+	}
+	return first
+}
+
 // zoneShadows counts a service's containers in other zones that stand by in this one.
 // Once a project has rules about zones no more of them come.
 func (s *State) zoneShadows(k serviceKey, zone string) int {

@@ -354,6 +354,7 @@ func (s *State) SetContainer(c Container) error {
 	s.containers[c.ID] = n
 	s.pool(c.Pool) // there from now on, with those above it
 	if h != nil {
+		s.makeWay(n, h, nil)
 		s.place(n, h, m)
 		s.yield(h)
 		for slot, g := range stood { // as before, where that still holds
