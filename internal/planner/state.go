@@ -346,15 +346,18 @@ func (s *State) SetContainer(c Container) error {
 	}
 	s.rev++
 	var stood [2]*host
+	var was *host
 	if old := s.containers[c.ID]; old != nil {
-		stood = old.standby
+		stood, was = old.standby, old.host
 		s.unplace(old)
 	}
 	n := s.newContainer(&c)
 	s.containers[c.ID] = n
 	s.pool(c.Pool) // there from now on, with those above it
 	if h != nil {
-		s.makeWay(n, h, nil)
+		if h != was {
+			s.makeWay(n, h, nil)
+		}
 		s.place(n, h, m)
 		s.yield(h)
 		for slot, g := range stood { // as before, where that still holds

@@ -78,3 +78,25 @@ func TestFactBesideStandby(t *testing.T) {
 		t.Errorf("neither can start beside the other: %v", exposed)
 	}
 }
+
+// Saying the same again moves no promise: two of a service stand by beside one that
+// bears one of them, as only one of their hosts is lost.
+func TestSameFactAgain(t *testing.T) {
+	s := planner.New()
+	must(t, s.SetPolicy(planner.Policy{HostLosses: 1}))
+	for _, id := range []string{"h-1", "h-2", "h-3"} {
+		must(t, s.SetHost(testHost(id, 4000, 4*gib)))
+		must(t, s.SetMachine(planner.Machine{ID: "m" + id[1:], Host: id, Project: "p", Size: planner.Size{CPU: 1000, Memory: gib}}))
+	}
+	one := []planner.AntiRule{{Service: "db", Layer: "host", Max: 1}}
+	at := func(id, service, m string, anti []planner.AntiRule) planner.Container {
+		return planner.Container{ID: id, Project: "p", Service: service, Machine: m, Request: planner.Size{CPU: 100, Memory: 64 * mib}, Anti: anti}
+	}
+	a := at("a", "", "m-2", one)
+	for _, c := range []planner.Container{a, at("x1", "", "m-1", one), at("db1", "db", "m-1", nil), at("x3", "", "m-3", one), at("db3", "db", "m-3", nil), a} {
+		must(t, s.SetContainer(c))
+	}
+	if whole, exposed := s.Survives(); !whole || !slices.Equal(s.Standby("db1"), []string{"h-2"}) || !slices.Equal(s.Standby("db3"), []string{"h-2"}) {
+		t.Errorf("exposed %v; db1 stands by on %v, db3 on %v", exposed, s.Standby("db1"), s.Standby("db3"))
+	}
+}
