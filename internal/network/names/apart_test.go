@@ -48,12 +48,7 @@ func newApart(t *testing.T) *apart {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pc, err := net.ListenPacket("udp4", "127.0.0.1:0") // a free port
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pc.Close()
-	x := &apart{dir: dir, addr: pc.LocalAddr().String()}
+	x := &apart{dir: dir, addr: ownAddr()}
 	t.Cleanup(func() {
 		if err := x.client(t, "any").Stop(); err != nil {
 			t.Error(err)

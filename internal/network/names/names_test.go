@@ -28,14 +28,20 @@ var testNets = []*v1.NetworkSpec{
 
 const clientA, clientB, clientC = "127.1.0.9", "127.1.1.9", "127.1.2.9"
 
+var addrs atomic.Uint32
+
+// ownAddr is an address nobody else listens at: of this process alone, for one
+// use. A port that is free in one protocol may be taken in the other, or in the
+// next moment, by whoever else runs on the computer.
+func ownAddr() string {
+	pid := os.Getpid()
+	return fmt.Sprintf("127.%d.%d.1:%d", 128+pid>>8&127, pid&255, 5353+addrs.Add(1)) // below the ports that are given out
+}
+
 // upstream counts and answers what is forwarded.
 func upstream(t *testing.T, h dns.HandlerFunc) string {
 	t.Helper()
-	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp4", pc.LocalAddr().String())
+	pc, l, err := listen(ownAddr())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,12 +57,7 @@ func upstream(t *testing.T, h dns.HandlerFunc) string {
 
 func server(t *testing.T, upstreams ...string) (*Server, string) {
 	t.Helper()
-	pc, err := net.ListenPacket("udp4", "127.0.0.1:0") // a free port
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := pc.LocalAddr().String()
-	pc.Close()
+	addr := ownAddr()
 	conf := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(conf, []byte("nameserver 127.0.0.1\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -210,7 +211,7 @@ func TestManyAddressesAreTruncatedOverUDPOnly(t *testing.T) {
 }
 
 func TestResolversThatFail(t *testing.T) {
-	dead, err := net.ListenPacket("udp4", "127.0.0.1:0") // swallows
+	dead, err := net.ListenPacket("udp4", ownAddr()) // swallows
 	if err != nil {
 		t.Fatal(err)
 	}
