@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -33,6 +34,8 @@ type Layout struct {
 	v2    string            // mount point of the v2 tree, "" if none
 	v1    map[string]string // controller -> mount point
 	roots []string          // every mount point once
+
+	preparing atomic.Bool // one Prepare at a time
 }
 
 // Detect reads the layout from /proc/self/mountinfo.

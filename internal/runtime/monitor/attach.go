@@ -180,6 +180,7 @@ func (s *server) exec(cn *conn, r *ExecRequest) error {
 	if !running {
 		return fmt.Errorf("container %s does not run: %w", r.ID, errdefs.ErrFailedPrecondition)
 	}
+	s.cg.Prepare()
 	base := filepath.Join(c.dir, "exec-"+strconv.FormatUint(execSeq.Add(1), 10))
 	defer func() {
 		for _, suffix := range []string{".json", ".pid", ".log"} {

@@ -84,6 +84,7 @@ func (s *server) start(r *StartRequest) (*Status, error) {
 	if st.State == Running || st.State == Starting {
 		return nil, fmt.Errorf("container %s runs already: %w", r.ID, errdefs.ErrFailedPrecondition)
 	}
+	s.cg.Prepare()
 	c.mu.Lock()
 	c.req = *r
 	c.mu.Unlock()

@@ -43,6 +43,7 @@ func (r *Runtime) Exec(ctx context.Context, e *v1.ExecSpec, s runtime.Streams) (
 	case e.WorkingDir != "" && !path.IsAbs(e.WorkingDir):
 		return 0, fmt.Errorf("exec in container %s: working directory %q is not absolute: %w", id, e.WorkingDir, errdefs.ErrInvalidArgument)
 	}
+	r.cg.Prepare()
 	p, err := r.execProcess(spec, e)
 	if err != nil {
 		return 0, err

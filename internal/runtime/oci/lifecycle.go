@@ -25,6 +25,7 @@ func (r *Runtime) Create(ctx context.Context, spec *v1.RuntimeSpec) error {
 	if err := r.check(spec); err != nil {
 		return err
 	}
+	r.cg.Prepare() // it will start soon
 	s := proto.CloneOf(spec)
 	c := &container{id: s.Id, spec: s, stopped: make(chan struct{})}
 	c.rec.CreatedAt = r.clock.Now()
@@ -113,6 +114,7 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 		r.mu.Unlock()
 		return nil
 	}
+	r.cg.Prepare()
 	s := c.spec
 	// A start whose end nobody saw is asked for again under its own number: the
 	// monitor answers with what became of it, and nothing runs twice.
