@@ -46,7 +46,7 @@ func newContainers(log *slog.Logger, open func(context.Context) (runtime.Runtime
 // openRuntime opens the product's runtime.
 func openRuntime(log *slog.Logger) func(context.Context) (runtime.Runtime, error) {
 	return func(ctx context.Context) (runtime.Runtime, error) {
-		ep, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(layout.RunDir, "netns"), Separate: true, Spare: true})
+		ep, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(layout.RunDir, "netns"), Separate: true, Sole: true, Spare: true})
 		if err != nil {
 			return nil, err
 		}

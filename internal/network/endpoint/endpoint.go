@@ -47,6 +47,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	v1 "tandem/api/tandem/v1"
@@ -80,6 +81,9 @@ type Options struct {
 	// Separate keeps this kernel from passing packets from one network to another:
 	// for kernels on which nothing else does.
 	Separate bool
+	// Sole says that all links which come up on this kernel are this manager's: what
+	// they need is made the kernel's default once, where that is quicker.
+	Sole bool
 	// Spare keeps one namespace ready after one was needed: for kernels with memory
 	// and time to spare.
 	Spare bool
@@ -91,12 +95,14 @@ type Manager struct {
 	dir    string
 	prefix string
 	nl     *netlink.Handle
+	raw    *nl.NetlinkSocket // for what nl has no words for
 	locks  [64]sync.Mutex
-	apart  *borders // nil: does not separate
-	spare  *spares  // nil: keeps none
+	apart  *borders  // nil: does not separate
+	spare  *spares   // nil: keeps none
+	byself []setting // what new links have by themselves
 
-	newMu sync.Mutex
-	new   map[string]newPair // by container
+	keptMu sync.Mutex
+	kept   map[string]*pair // what Prepare has made, by container
 }
 
 // New returns a manager for the network namespace that the calling thread is in.
@@ -113,16 +119,27 @@ func New(o Options) (*Manager, error) {
 	if err := os.MkdirAll(o.NetnsDir, 0o711); err != nil {
 		return nil, fmt.Errorf("network namespace directory: %w", err)
 	}
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink (is CAP_NET_ADMIN there?): %w", err)
 	}
-	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: nl, new: map[string]newPair{}}
+	raw, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: h, raw: raw, kept: map[string]*pair{}}
+	if o.Sole {
+		if m.byself, err = defaults(); err != nil {
+			m.Close()
+			return nil, err
+		}
+	}
 	if o.Spare {
 		m.spare = &spares{}
 	}
 	if o.Separate {
-		m.apart = &borders{nl: nl, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}
+		m.apart = &borders{nl: h, prefix: o.Prefix + "v", known: map[netip.Prefix]map[string]bool{}}
 	}
 	return m, nil
 }
@@ -130,7 +147,13 @@ func New(o Options) (*Manager, error) {
 // Close lets go of the manager's socket; links stay.
 func (m *Manager) Close() error {
 	m.spare.close()
+	m.keptMu.Lock()
+	for id := range m.kept {
+		m.dropLocked(id)
+	}
+	m.keptMu.Unlock()
 	m.nl.Close()
+	m.raw.Close()
 	return nil
 }
 
@@ -221,10 +244,11 @@ func (m *Manager) Prepare(ctx context.Context, id string, n *v1.RuntimeNetwork) 
 	if w.none {
 		return nil
 	}
-	err = m.withPair(id, path, w, func(*netlink.Handle, netlink.Link, netlink.Link) error { return nil })
+	p, err := m.open(id, path, w)
 	if err != nil {
 		return fmt.Errorf("network of %s: %w", id, err)
 	}
+	m.keep(id, p)
 	return nil
 }
 
@@ -234,9 +258,9 @@ func (m *Manager) Teardown(ctx context.Context, id string) error {
 		return fmt.Errorf("container id %q: %w", id, errdefs.ErrInvalidArgument)
 	}
 	defer m.lock(id)()
-	m.newMu.Lock()
-	delete(m.new, id)
-	m.newMu.Unlock()
+	m.keptMu.Lock()
+	m.dropLocked(id)
+	m.keptMu.Unlock()
 	if err := m.deleteLink(id); err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -15,33 +16,111 @@ import (
 // link makes the veth pair and everything on it what w says. Every step is
 // idempotent; a pair of which one end is missing or wrong is made anew.
 func (m *Manager) link(id, path string, w wanted) error {
-	return m.withPair(id, path, w, func(in *netlink.Handle, host, eth netlink.Link) error {
-		fresh := m.untouched(id, host, w)
-		if err := container(in, eth, w, fresh); err != nil {
-			return err
+	if p := m.take(id, path, w); p != nil {
+		err := m.program(id, p, w)
+		p.in.Close()
+		if err == nil {
+			return nil
 		}
-		return m.apart.around(id, w, func() error { return m.kernel(host, w, fresh) })
+		// Somebody has changed it meanwhile: look what is there.
+	}
+	p, err := m.open(id, path, w)
+	if err != nil {
+		return err
+	}
+	defer p.in.Close()
+	return m.program(id, p, w)
+}
+
+func (m *Manager) program(id string, p *pair, w wanted) error {
+	if err := container(p.in, p.eth, w, p.fresh); err != nil {
+		return err
+	}
+	return m.apart.around(id, w, func() error { return m.kernel(p.host, w, p.fresh) })
+}
+
+// pair is both ends of a link.
+type pair struct {
+	in        *netlink.Handle // in the container's namespace
+	host, eth netlink.Link
+	// fresh: this process has made it, and nobody has used it yet. It has what it was
+	// made with and nothing else, and need not be asked.
+	fresh bool
+	addr  netip.Addr // what it was made for
+	mtu   int
+	ns    unix.Stat_t // the container's namespace
+	timer *time.Timer
+}
+
+// open makes the veth pair, if need be, and a socket in the container's namespace.
+func (m *Manager) open(id, path string, w wanted) (*pair, error) {
+	ns, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	p := &pair{addr: w.addr, mtu: w.mtu}
+	if err := unix.Fstat(int(ns.Fd()), &p.ns); err != nil {
+		return nil, fmt.Errorf("stat its namespace: %w", err)
+	}
+	if p.in, err = handleIn(ns); err != nil {
+		return nil, fmt.Errorf("netlink in its namespace: %w", err)
+	}
+	if err := m.pair(id, ns, p, w); err != nil {
+		p.in.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// keepFor is how long a prepared pair is kept open for its Setup, which mostly comes
+// at once. Later the Setup looks at what is there.
+const keepFor = 10 * time.Second
+
+// keep keeps a fresh pair for the container's Setup.
+func (m *Manager) keep(id string, p *pair) {
+	m.keptMu.Lock()
+	defer m.keptMu.Unlock()
+	m.dropLocked(id)
+	if !p.fresh {
+		p.in.Close()
+		return
+	}
+	m.kept[id] = p
+	p.timer = time.AfterFunc(keepFor, func() {
+		m.keptMu.Lock()
+		defer m.keptMu.Unlock()
+		if m.kept[id] == p {
+			m.dropLocked(id)
+		}
 	})
 }
 
-// withPair makes the veth pair, if need be, and calls fn with both ends and a socket
-// in the container's namespace.
-func (m *Manager) withPair(id, path string, w wanted, fn func(in *netlink.Handle, host, eth netlink.Link) error) error {
-	ns, err := os.Open(path)
-	if err != nil {
-		return err
+func (m *Manager) dropLocked(id string) {
+	if p := m.kept[id]; p != nil {
+		delete(m.kept, id)
+		p.timer.Stop()
+		p.in.Close()
 	}
-	defer ns.Close()
-	in, err := handleIn(ns)
-	if err != nil {
-		return fmt.Errorf("netlink in its namespace: %w", err)
+}
+
+// take returns, once, the pair that was kept, if it was made for w and path is still
+// its namespace.
+func (m *Manager) take(id, path string, w wanted) *pair {
+	m.keptMu.Lock()
+	defer m.keptMu.Unlock()
+	p := m.kept[id]
+	if p == nil {
+		return nil
 	}
-	defer in.Close()
-	host, eth, err := m.pair(id, ns, in, w)
-	if err != nil {
-		return err
+	var now unix.Stat_t
+	if err := unix.Stat(path, &now); err != nil || now.Ino != p.ns.Ino || now.Dev != p.ns.Dev || p.addr != w.addr || p.mtu != w.mtu {
+		m.dropLocked(id)
+		return nil
 	}
-	return fn(in, host, eth)
+	delete(m.kept, id)
+	p.timer.Stop()
+	return p
 }
 
 // handleIn opens a netlink socket inside a namespace.
@@ -56,28 +135,29 @@ func handleIn(ns *os.File) (h *netlink.Handle, err error) {
 	return h, err
 }
 
-// pair returns both ends, made if need be.
-func (m *Manager) pair(id string, ns *os.File, in *netlink.Handle, w wanted) (host, eth netlink.Link, err error) {
+// pair finds both ends, or makes them.
+func (m *Manager) pair(id string, ns *os.File, p *pair, w wanted) (err error) {
 	name := m.HostName(id)
 	host, herr := m.nl.LinkByName(name)
 	if herr != nil && !isNotFound(herr) {
-		return nil, nil, herr
+		return herr
 	}
-	eth, eerr := in.LinkByName("eth0")
+	eth, eerr := p.in.LinkByName("eth0")
 	if eerr != nil && !isNotFound(eerr) {
-		return nil, nil, eerr
+		return eerr
 	}
 	if herr == nil && eerr == nil && host.Attrs().ParentIndex == eth.Attrs().Index && host.Type() == "veth" {
-		return host, eth, nil
+		p.host, p.eth = host, eth
+		return nil
 	}
 	if herr == nil {
 		if err := m.nl.LinkDel(host); err != nil && !errors.Is(err, unix.ENODEV) {
-			return nil, nil, fmt.Errorf("remove a half-made link: %w", err)
+			return fmt.Errorf("remove a half-made link: %w", err)
 		}
 	}
-	if eth, eerr = in.LinkByName("eth0"); eerr == nil {
-		if err := in.LinkDel(eth); err != nil && !errors.Is(err, unix.ENODEV) {
-			return nil, nil, fmt.Errorf("remove a half-made eth0: %w", err)
+	if eth, eerr = p.in.LinkByName("eth0"); eerr == nil {
+		if err := p.in.LinkDel(eth); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("remove a half-made eth0: %w", err)
 		}
 	}
 	la := netlink.NewLinkAttrs()
@@ -90,38 +170,19 @@ func (m *Manager) pair(id string, ns *os.File, in *netlink.Handle, w wanted) (ho
 		PeerNamespace:    netlink.NsFd(int(ns.Fd())),
 	}
 	if err := m.nl.LinkAdd(v); err != nil {
-		return nil, nil, fmt.Errorf("make veth %s: %w", name, err)
+		return fmt.Errorf("make veth %s: %w", name, err)
 	}
-	if host, err = m.nl.LinkByName(name); err != nil {
-		return nil, nil, err
+	if p.host, err = m.nl.LinkByName(name); err != nil {
+		return err
 	}
-	if eth, err = in.LinkByName("eth0"); err != nil {
-		return nil, nil, err
+	if p.eth, err = p.in.LinkByName("eth0"); err != nil {
+		return err
 	}
-	if err := settings(name); err != nil {
-		return nil, nil, err
+	if err := m.settle(p.host); err != nil {
+		return err
 	}
-	m.newMu.Lock()
-	m.new[id] = newPair{host.Attrs().Index, w.addr, w.mtu}
-	m.newMu.Unlock()
-	return host, eth, nil
-}
-
-// newPair is a pair that this process has made and nobody has used yet: it has what
-// it was made with and nothing else, and need not be asked.
-type newPair struct {
-	index int // of the host's end
-	addr  netip.Addr
-	mtu   int
-}
-
-// untouched tells, once, that a link is as pair made it, and made for w.
-func (m *Manager) untouched(id string, host netlink.Link, w wanted) bool {
-	m.newMu.Lock()
-	defer m.newMu.Unlock()
-	p, ok := m.new[id]
-	delete(m.new, id)
-	return ok && p == newPair{host.Attrs().Index, w.addr, w.mtu}
+	p.fresh = true
+	return nil
 }
 
 // container programs eth0 in the container's namespace.
@@ -202,23 +263,6 @@ func sources(in *netlink.Handle, eth netlink.Link, w wanted, fresh bool) error {
 	return nil
 }
 
-// settings makes this kernel's end a router's port.
-func settings(name string) error {
-	for _, kv := range [][2]string{
-		{"ipv6/conf/" + name + "/disable_ipv6", "1"},
-		{"ipv4/conf/" + name + "/rp_filter", "1"},
-		{"ipv4/conf/" + name + "/proxy_arp", "1"},
-		{"ipv4/conf/" + name + "/send_redirects", "0"},
-		{"ipv4/conf/" + name + "/accept_redirects", "0"},
-		{"ipv4/neigh/" + name + "/proxy_delay", "0"},
-	} {
-		if err := sysctl(kv[0], kv[1]); err != nil && !(errors.Is(err, os.ErrNotExist) && kv[0][:4] == "ipv6") {
-			return err
-		}
-	}
-	return forwarding()
-}
-
 // kernel programs this kernel's end.
 func (m *Manager) kernel(host netlink.Link, w wanted, fresh bool) error {
 	name := host.Attrs().Name
@@ -226,7 +270,7 @@ func (m *Manager) kernel(host netlink.Link, w wanted, fresh bool) error {
 		if err := common(m.nl, host, GatewayMAC, w.mtu); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		if err := settings(name); err != nil {
+		if err := m.settings(name); err != nil {
 			return err
 		}
 	}
@@ -303,16 +347,6 @@ func pin(h *netlink.Handle, l netlink.Link, ip netip.Addr, mac net.HardwareAddr)
 		return fmt.Errorf("neighbour %s: %w", ip, err)
 	}
 	return nil
-}
-
-// forwarding turns the kernel into a router, if it is not one. Writing it resets
-// other settings of all interfaces: only when needed.
-func forwarding() error {
-	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
-	if err == nil && len(b) > 0 && b[0] == '1' {
-		return nil
-	}
-	return sysctl("ipv4/ip_forward", "1")
 }
 
 func host32(a netip.Addr) *net.IPNet { return ipNet(netip.PrefixFrom(a, 32)) }

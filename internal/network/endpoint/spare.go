@@ -10,8 +10,9 @@ import (
 )
 
 // spareDelay is how long after a namespace was needed the next one is made ahead: not
-// beside the start of the container that needed it.
-const spareDelay = 300 * time.Millisecond
+// beside the start of the container that needed it, which takes half a second where
+// machines are emulated.
+const spareDelay = time.Second
 
 // spares holds one namespace that is ready, after there was need of one. It is open
 // in this process and mounted nowhere: it goes with the process.
