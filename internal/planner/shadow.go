@@ -15,17 +15,23 @@ func (s *State) shadowsOf(k serviceKey, g *host, c *container) int {
 	if k.service == "" {
 		return 0
 	}
-	n := 0
-	for _, x := range g.claims {
-		f := x.from
-		if f.all.count(k) == 0 || c.host != nil && s.policy.HostLosses < 2 && f != c.host {
-			continue
+	on := func(f *host) (n int) {
+		if f.all.count(k) == 0 || claimAt(f, g) < 0 {
+			return 0
 		}
 		for _, o := range f.all.members {
 			if o != c && o.service() == k && (o.standby[0] == g || o.standby[1] == g) {
 				n++
 			}
 		}
+		return n
+	}
+	if c.host != nil && s.policy.HostLosses < 2 {
+		return on(c.host)
+	}
+	n := 0
+	for f := range s.services[k] { // a sum: order does not matter
+		n += on(f)
 	}
 	return n
 }
