@@ -82,16 +82,11 @@ func (s *State) place(c *container, h *host, m *machine) {
 	}
 	if c.Service != "" {
 		k := c.service()
-		on := s.services[k]
-		if on == nil {
-			on = map[*host]int{}
-			s.services[k] = on
-		}
-		on[h]++
+		oneMore(s.services, k, h)
 		s.zones[zoneKey{k, h.Zone}]++
 	}
 	if len(c.Anti) > 0 {
-		s.antis[c.Project]++
+		oneMore(s.wary, c.Project, h)
 	}
 	if c.zoned() {
 		s.zoneAnti[c.Project] = insertByID(s.zoneAnti[c.Project], c)
@@ -143,9 +138,7 @@ func (s *State) unplace(c *container) {
 		}
 	}
 	if len(c.Anti) > 0 {
-		if s.antis[c.Project]--; s.antis[c.Project] == 0 {
-			delete(s.antis, c.Project)
-		}
+		oneLess(s.wary, c.Project, h)
 	}
 	if c.zoned() {
 		if list := removeByID(s.zoneAnti[c.Project], c); len(list) > 0 {
@@ -161,12 +154,27 @@ func (s *State) unplace(c *container) {
 		} else {
 			delete(s.zones, z)
 		}
-		on := s.services[k]
-		if n := on[h]; n > 1 {
-			on[h] = n - 1
-		} else if delete(on, h); len(on) == 0 {
-			delete(s.services, k)
-		}
+		oneLess(s.services, k, h)
+	}
+}
+
+// oneMore counts another of k on h.
+func oneMore[K comparable](where map[K]map[*host]int, k K, h *host) {
+	on := where[k]
+	if on == nil {
+		on = map[*host]int{}
+		where[k] = on
+	}
+	on[h]++
+}
+
+// oneLess counts one of k less on h; what is not there has no entry.
+func oneLess[K comparable](where map[K]map[*host]int, k K, h *host) {
+	on := where[k]
+	if n := on[h]; n > 1 {
+		on[h] = n - 1
+	} else if delete(on, h); len(on) == 0 {
+		delete(where, k)
 	}
 }
 

@@ -20,7 +20,7 @@ func (s *State) Clone() *State {
 	n := New()
 	n.rev, n.epoch, n.policy, n.perKind = s.rev, s.epoch, s.policy, s.perKind
 	n.total, n.taken, n.busy = s.total, s.taken, s.busy
-	n.volumes, n.zones, n.antis, n.names = maps.Clone(s.volumes), maps.Clone(s.zones), maps.Clone(s.antis), maps.Clone(s.names)
+	n.volumes, n.zones, n.names = maps.Clone(s.volumes), maps.Clone(s.zones), maps.Clone(s.names)
 	k := &cloning{
 		from: s, to: n,
 		hosts:    make(map[*host]*host, len(s.hosts)),
@@ -45,14 +45,20 @@ func (s *State) Clone() *State {
 	for project, list := range s.zoneAnti {
 		n.zoneAnti[project] = each(list, k.container)
 	}
-	for key, on := range s.services {
-		there := make(map[*host]int, len(on))
-		for h, replicas := range on {
-			there[k.hosts[h]] = replicas
-		}
-		n.services[key] = there
-	}
+	cloneCounts(k, n.services, s.services)
+	cloneCounts(k, n.wary, s.wary)
 	return n
+}
+
+// cloneCounts copies how many there are on which hosts.
+func cloneCounts[K comparable](k *cloning, to, from map[K]map[*host]int) {
+	for key, on := range from {
+		there := make(map[*host]int, len(on))
+		for h, n := range on {
+			there[k.hosts[h]] = n
+		}
+		to[key] = there
+	}
 }
 
 // bounds copies quotas and pools.

@@ -177,8 +177,18 @@ func (b *box) summary() any {
 	return []any{ids(b.byID()), fmt.Sprint(b.services.all()), ids(b.anti)}
 }
 
+// counts is how many there are on each host, by id.
+func counts(on map[*host]int) []string {
+	list := []string{}
+	for h, n := range on {
+		list = append(list, fmt.Sprint(h.ID, n))
+	}
+	slices.Sort(list)
+	return list
+}
+
 func summary(s *State) map[string]any {
-	out := map[string]any{"open": cells(&s.open), "antis": fmt.Sprint(s.antis), "kinds": s.perKind, "volumes": fmt.Sprint(s.volumes)}
+	out := map[string]any{"open": cells(&s.open), "kinds": s.perKind, "volumes": fmt.Sprint(s.volumes)}
 	for id, h := range s.hosts {
 		ports := []string{}
 		for k, list := range h.ports {
@@ -206,12 +216,10 @@ func summary(s *State) map[string]any {
 		out["users "+v] = ids(list)
 	}
 	for k, on := range s.services {
-		list := []string{}
-		for h, n := range on {
-			list = append(list, fmt.Sprint(h.ID, n))
-		}
-		slices.Sort(list)
-		out[fmt.Sprint("service ", k)] = list
+		out[fmt.Sprint("service ", k)] = counts(on)
+	}
+	for project, on := range s.wary {
+		out["wary "+project] = counts(on)
 	}
 	out["exposed"], out["breakers"], out["standing"] = ids(s.exposed.first(s.exposed.n)), ids(s.breakers), ids(s.standing)
 	keys := slices.SortedFunc(maps.Keys(s.groups), func(a, b groupKey) int {

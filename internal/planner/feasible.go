@@ -114,79 +114,6 @@ func portRule(c *container, h *host) miss {
 	return miss{}
 }
 
-// company is where the services run that a container has rules about: looked up once
-// for all the hosts that are looked at.
-type company struct {
-	c     *container
-	epoch uint64
-	on    []map[*host]int // by number of the rule
-}
-
-func (s *State) companyOf(c *container) []map[*host]int {
-	if x := &s.company; x.c != c || x.epoch != s.epoch || len(x.on) != len(c.Anti) {
-		x.c, x.epoch, x.on = c, s.epoch, x.on[:0]
-		for _, r := range c.Anti {
-			x.on = append(x.on, s.services[serviceKey{c.Project, r.Service}])
-		}
-	}
-	return s.company.on
-}
-
-// hostAnti checks the company rules of c and of those already on h.
-func (s *State) hostAnti(c *container, h *host) miss {
-	if len(c.Anti) > 0 {
-		on := s.companyOf(c)
-		for i, r := range c.Anti {
-			if r.Layer == "host" && on[i][h] > r.Max {
-				return tooMany(r)
-			}
-		}
-	}
-	return allowed(c, &h.all, "host")
-}
-
-// antiRule checks the company rules of c and of those already in b.
-func antiRule(c *container, b *box, layer string) miss {
-	for _, r := range c.Anti {
-		if r.Layer == layer && b.count(serviceKey{c.Project, r.Service}) > r.Max {
-			return tooMany(r)
-		}
-	}
-	return allowed(c, b, layer)
-}
-
-func tooMany(r AntiRule) miss {
-	if r.Max == 0 {
-		return miss{rule: RuleAnti, detail: "runs " + r.Service + ", which must not be beside it"}
-	}
-	return miss{rule: RuleAnti, detail: fmt.Sprintf("runs %s, of which at most %d may be beside it", r.Service, r.Max)}
-}
-
-// allowed checks the company rules of those in b for c.
-func allowed(c *container, b *box, layer string) miss {
-	if c.Service == "" {
-		return miss{}
-	}
-	for _, o := range b.anti {
-		if o.Project != c.Project || o == c {
-			continue
-		}
-		for _, r := range o.Anti {
-			if r.Layer != layer || r.Service != c.Service {
-				continue
-			}
-			beside := b.count(c.service())
-			if o.Service == c.Service {
-				beside-- // o is not beside itself
-			}
-			if beside+1 > r.Max {
-				return miss{rule: RuleAnti, detail: fmt.Sprintf("%s there allows at most %d of %s beside it", o.ID, r.Max, c.Service)}
-			}
-		}
-	}
-	return miss{}
-}
-
 // volumeRule: a volume's disk is attached to one kernel at a time, m, or that of
 // the host itself when m is nil.
 func (s *State) volumeRule(c *container, h *host, m *machine) miss {
@@ -291,17 +218,9 @@ func (s *State) bootRules(c *container, h *host) miss {
 	return s.bootCapacity(c, h)
 }
 
-// indifferent says whether there are no rules to check between c and h: neither
-// brings any.
+// indifferent says whether only room matters between c and h.
 func (s *State) indifferent(c *container, h *host) bool {
-	return h.takes() && s.easy(c)
-}
-
-// easy says whether only room matters to c: it brings no rules, and nobody brings any
-// against it. Rules on company are among containers of a project; ports and volumes
-// concern those who have some.
-func (s *State) easy(c *container) bool {
-	return c.plain && (len(s.antis) == 0 || s.antis[c.Project] == 0)
+	return h.takes() && !s.matters(c, h)
 }
 
 func (s *State) bootCapacity(c *container, h *host) miss {

@@ -163,12 +163,16 @@ func (f *finder) machines() {
 		return
 	}
 	f.turnedAway("machine", "", miss{rule: RuleDown, detail: "stopping, or on a host that takes nothing new"}, g.closed)
+	// What is in the index takes something, and is of the group: where no rules matter
+	// nothing but room does, and a look at the entry is mostly enough.
+	own, easy := c.Isolation == Own, s.easy(c)
+	free := func(m *machine) bool { return !own && (easy || !s.matters(c, m.host)) }
 	// Free slots first; those that do not work out are counted below.
 	var x search
-	easy, enough := s.easy(c) && c.Isolation != Own, f.enough()
+	enough := f.enough()
 	g.free.entries(c.need, func(e *entry[*machine]) bool {
 		x.looked++
-		if m := e.t; c.need.fits(e.space) && (easy || s.machineRules(c, m).ok()) {
+		if m := e.t; c.need.fits(e.space) && (free(m) || s.machineRules(c, m).ok()) {
 			x.hit(f.add(Place, m.host, m))
 		}
 		return x.on(enough)
@@ -177,7 +181,7 @@ func (f *finder) machines() {
 	g.room.entries(c.need, func(e *entry[*machine]) bool {
 		x.looked++
 		m, slot := e.t, c.need.fits(e.space)
-		if easy && (slot || c.need.fits(m.reach)) {
+		if (slot || c.need.fits(m.reach)) && free(m) {
 			// Nothing else can turn it away.
 		} else if v := s.machineRules(c, m); !v.ok() {
 			f.turnedAway("machine", m.ID, v, 1)

@@ -18,6 +18,7 @@ type State struct {
 	volumes    map[string]string            // id -> host
 	users      map[string][]*container      // volume -> placed containers that mount it
 	services   map[serviceKey]map[*host]int // where replicas are
+	wary       map[string]map[*host]int     // where containers with rules on company are, by project
 	groups     map[groupKey]*group
 	open       buckets[*host]      // hosts that take something new, by free capacity
 	perKind    [4]int              // machines by isolation
@@ -30,7 +31,6 @@ type State struct {
 	quotas     map[string]*quota
 	zones      map[zoneKey]int         // a service's containers in a zone
 	zoneAnti   map[string][]*container // placed, with rules about zones, by project and id
-	antis      map[string]int          // placed containers with rules on company, by project
 	total      Size                    // capacity of the hosts that take something new
 	taken      Size                    // of it, what is used
 	busy       Size                    // of it, what containers and overheads use
@@ -153,10 +153,10 @@ func New() *State {
 		volumes:    map[string]string{},
 		users:      map[string][]*container{},
 		services:   map[serviceKey]map[*host]int{},
+		wary:       map[string]map[*host]int{},
 		groups:     map[groupKey]*group{},
 		zones:      map[zoneKey]int{},
 		zoneAnti:   map[string][]*container{},
-		antis:      map[string]int{},
 		names:      map[string]string{},
 		pools:      map[string]*pool{},
 		quotas:     map[string]*quota{},
