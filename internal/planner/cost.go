@@ -245,7 +245,7 @@ func (d *decision) rest(c *container, a *candidate) float64 {
 		var room Size
 		switch a.kind {
 		case Boot:
-			top := a.host.ceiling().min(a.host.avail().sub(a.host.MachineExtra))
+			top := a.host.top.min(a.host.avail().sub(a.host.MachineExtra))
 			room = top.sub(a.host.GuestExtra).sub(c.need)
 		case PlaceM:
 			room = a.host.avail().sub(c.need)

@@ -352,7 +352,7 @@ func (d *decision) apply(c *container, a *candidate) *machine {
 	case Boot:
 		m = &machine{fresh: true, Machine: Machine{
 			ID: d.name(), Host: a.host.ID, Isolation: c.Isolation, Project: c.Project,
-			Size: a.to, Ceiling: a.host.ceiling().max(a.to),
+			Size: a.to, Ceiling: a.host.top.max(a.to),
 		}}
 		if c.Isolation == Shared {
 			m.Project = ""

@@ -261,7 +261,7 @@ func (f *finder) mendable(e *missed) bool {
 	if e.layer != "machine" || e.rule != RuleCeiling || m == nil {
 		return true
 	}
-	return !m.fresh && m.used().add(f.c.need).fits(m.host.ceiling()) && e.what.short.fits(m.host.free())
+	return !m.fresh && m.used().add(f.c.need).fits(m.host.top) && e.what.short.fits(m.host.free())
 }
 
 // capacityRemedy names the smallest amount to free, or the host to add.
@@ -282,7 +282,7 @@ func (f *finder) capacityRemedy(ids []string) string {
 			w = bootSize(h, need).add(h.MachineExtra)
 		}
 		whole = whole.max(w)
-		possible = possible || w.fits(h.Capacity) && (f.c.Isolation == Metal || bootSize(h, need).fits(h.ceiling()))
+		possible = possible || w.fits(h.Capacity) && (f.c.Isolation == Metal || bootSize(h, need).fits(h.top))
 	}
 	switch {
 	case !possible && len(ids) > 0:

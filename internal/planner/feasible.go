@@ -177,7 +177,7 @@ func machineCapacity(need Size, m *machine) miss {
 	}
 	want := m.used().add(need)
 	h := m.host
-	if !h.Capabilities.Grow && !m.fresh && want.fits(h.ceiling()) {
+	if !h.Capabilities.Grow && !m.fresh && want.fits(h.top) {
 		return miss{rule: RuleCapability, short: short, form: cantGrow, detail: h.ID}
 	}
 	if (h.Capabilities.Grow || m.fresh) && !want.fits(m.growable()) {
@@ -201,7 +201,7 @@ func bootSize(h *host, need Size) Size {
 // bootRules checks whether a machine for c can be booted on h.
 func (s *State) bootRules(c *container, h *host) miss {
 	if s.indifferent(c, h) {
-		return s.bootCapacity(c, h)
+		return bootCapacity(c.need, h)
 	}
 	if x := s.hostRules(c, h); !x.ok() {
 		return x
@@ -215,7 +215,7 @@ func (s *State) bootRules(c *container, h *host) miss {
 	if x := s.residentRule(c, h); !x.ok() {
 		return x
 	}
-	return s.bootCapacity(c, h)
+	return bootCapacity(c.need, h)
 }
 
 // indifferent says whether only room matters between c and h.
@@ -223,13 +223,15 @@ func (s *State) indifferent(c *container, h *host) bool {
 	return h.takes() && !s.matters(c, h)
 }
 
-func (s *State) bootCapacity(c *container, h *host) miss {
-	size := bootSize(h, c.need)
-	if top := h.ceiling(); !size.fits(top) && size.add(h.MachineExtra).fits(h.Capacity) {
-		return miss{rule: RuleCeiling, short: size.shortOf(top), form: tooSmall, size: size}
+// bootCapacity says what h lacks for a machine for need.
+func bootCapacity(need Size, h *host) miss {
+	size := bootSize(h, need)
+	whole := size.add(h.MachineExtra)
+	if !size.fits(h.top) && whole.fits(h.Capacity) {
+		return miss{rule: RuleCeiling, short: size.shortOf(h.top), form: tooSmall, size: size}
 	}
-	if whole := size.add(h.MachineExtra); !whole.fits(h.avail()) {
-		return s.hostMiss(whole, h)
+	if !whole.fits(h.avail()) {
+		return hostMiss(whole, h)
 	}
 	return miss{}
 }
@@ -258,13 +260,13 @@ func (s *State) metalRules(c *container, h *host) miss {
 		return x
 	}
 	if !c.need.fits(h.avail()) {
-		return s.hostMiss(c.need, h)
+		return hostMiss(c.need, h)
 	}
 	return miss{}
 }
 
 // hostMiss says what h lacks for need: the room, or only the part that it keeps back.
-func (s *State) hostMiss(need Size, h *host) miss {
+func hostMiss(need Size, h *host) miss {
 	if need.fits(h.free()) {
 		short := need.shortOf(h.avail())
 		return miss{rule: RuleFailover, short: short, form: keeps, size: h.reserve}

@@ -262,9 +262,16 @@ func (f *finder) hosts(kind Kind) {
 	}
 	var y search
 	enough := f.enough()
+	easy := kind == Boot && s.easy(c)
 	look := func(h *host) bool {
 		y.looked++
-		if x := rules(h); !x.ok() {
+		var x miss
+		if easy { // many are looked at, and those in the index take something
+			x = bootCapacity(c.need, h)
+		} else {
+			x = rules(h)
+		}
+		if !x.ok() {
 			f.turnedAway("host", h.ID, x, 1)
 		} else {
 			y.hit(f.add(kind, h, nil))

@@ -53,9 +53,11 @@ func key(free Size) uint32 { return class(free.CPU)<<16 | class(free.Memory) }
 func (b *buckets[T]) add(k uint32, t T) {
 	i, ok := slices.BinarySearch(b.keys, k)
 	if !ok {
-		cell := &ordered[T]{}
+		var cell *ordered[T]
 		if last := len(b.spare) - 1; last >= 0 {
 			cell, b.spare = b.spare[last], b.spare[:last]
+		} else {
+			cell = &ordered[T]{}
 		}
 		b.keys = slices.Insert(b.keys, i, k)
 		b.cells = slices.Insert(b.cells, i, cell)
@@ -275,11 +277,11 @@ type serviceKey struct{ project, service string }
 
 // box counts who is inside something: a machine, a host, a host's own kernel.
 type box struct {
+	services tallies
 	members  []*container // in any order; see byID
+	anti     []*container // those with anti rules, by id
 	level    uint8        // which of its places a member has here
 	sorted   bool         // members are by id
-	services tallies
-	anti     []*container // those with anti rules, by id
 }
 
 // The levels of boxes: a container is in one of each at most.

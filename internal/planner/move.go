@@ -39,7 +39,7 @@ func (d *decision) migrate(m *machine, h *host, to Size, force bool) bool {
 		s.release(c)
 	}
 	old, size, ceiling := m.host, m.Size, m.Ceiling
-	top := ceiling.min(h.ceiling()).max(to)
+	top := ceiling.min(h.top).max(to)
 	s.rehost(m, inside, h, to, top)
 	d.undo.note(func() {
 		for _, c := range inside {
@@ -109,7 +109,7 @@ func migrateRoom(m *machine, h *host, to Size, restart bool) miss {
 		return miss{rule: RuleCapability, detail: "can't migrate running machines"}
 	case !m.used().sub(m.host.GuestExtra).add(h.GuestExtra).fits(to):
 		return miss{rule: RuleCapability, detail: "has larger guest overheads"}
-	case !to.fits(h.ceiling()):
+	case !to.fits(h.top):
 		return miss{rule: RuleCeiling, detail: "makes no machine as large as " + to.String()}
 	case !to.add(h.MachineExtra).fits(h.free()):
 		return capacityMiss(to.add(h.MachineExtra).shortOf(h.free()))
@@ -421,7 +421,7 @@ func (d *decision) targets(f *finder, m *machine, size func(*host) Size, restart
 		to := size(h)
 		var x miss
 		if whole := to.add(h.MachineExtra); !whole.fits(h.avail()) {
-			x = s.hostMiss(whole, h)
+			x = hostMiss(whole, h)
 		} else if x = migrateRoom(m, h, to, restart); x.ok() && !easy {
 			x = s.migrateCompany(m, h)
 		}

@@ -105,7 +105,19 @@ func stepDown(from, limit, step int64) int64 {
 	return from + (limit-from)/step*step
 }
 
-func (h *host) steps() Size {
+// ceiling is the most a machine booted on h may become; host.top has it.
+func (h *Host) ceiling() Size {
+	top, limit := h.Capacity.sub(h.MachineExtra), h.Capabilities.MaxMachine
+	if limit.CPU > 0 {
+		top.CPU = min(top.CPU, limit.CPU)
+	}
+	if limit.Memory > 0 {
+		top.Memory = min(top.Memory, limit.Memory)
+	}
+	return h.stepDown(h.Base, top)
+}
+
+func (h *Host) steps() Size {
 	s := Size{CPU: h.Capabilities.CPUStep, Memory: h.Capabilities.MemoryStep}
 	if s.CPU <= 0 {
 		s.CPU = 1000
@@ -116,12 +128,12 @@ func (h *host) steps() Size {
 	return s
 }
 
-func (h *host) stepUp(from, want Size) Size {
+func (h *Host) stepUp(from, want Size) Size {
 	st := h.steps()
 	return Size{stepUp(from.CPU, want.CPU, st.CPU), stepUp(from.Memory, want.Memory, st.Memory)}
 }
 
-func (h *host) stepDown(from, limit Size) Size {
+func (h *Host) stepDown(from, limit Size) Size {
 	st := h.steps()
 	return Size{stepDown(from.CPU, limit.CPU, st.CPU), stepDown(from.Memory, limit.Memory, st.Memory)}
 }

@@ -58,7 +58,7 @@ func (s *State) standRules(c *container, g *host) bool {
 		if p := partOn(c.machine, g); p != nil {
 			sum = sum.add(p.sum)
 		}
-		if !bootSize(g, sum).fits(g.ceiling()) {
+		if !bootSize(g, sum).fits(g.top) {
 			return false
 		}
 	}

@@ -47,43 +47,45 @@ type State struct {
 }
 
 type host struct {
+	// What a search looks at comes first, together: it looks at many.
+	busy         Size // containers' requests and all overheads
+	machinesSize Size // sum of machines' sizes
+	metalSize    Size // sum of metal containers' requests
+	reserve      Size // kept back for claims
+	top          Size // the most that a machine booted here may become
 	Host
-	begins       order
-	machinesSize Size       // sum of machines' sizes
-	busy         Size       // containers' requests and all overheads
-	metalSize    Size       // sum of metal containers' requests
-	machines     []*machine // by id
-	all, metal   box
-	ports        map[portKey][]*container
-	key          uint32
-	indexed      bool
-	counted      Size           // its share of State.total
-	spent        Size           // its share of State.taken
-	worked       Size           // its share of State.busy
-	claims       []claim        // what would come here from where
-	tops         tops           // the largest of those that are not broken
-	broken       ordered[*host] // whose claims are not kept any more
-	grants       []grant        // where its own would go, by id
-	batch        int            // batch containers
-	reserve      Size           // kept back for claims
-	shadows      []*container   // standing by here with rules of their own, by id
+	begins     order
+	machines   []*machine // by id
+	all, metal box
+	ports      map[portKey][]*container
+	key        uint32
+	indexed    bool
+	counted    Size           // its share of State.total
+	spent      Size           // its share of State.taken
+	worked     Size           // its share of State.busy
+	claims     []claim        // what would come here from where
+	tops       tops           // the largest of those that are not broken
+	broken     ordered[*host] // whose claims are not kept any more
+	grants     []grant        // where its own would go, by id
+	batch      int            // batch containers
+	shadows    []*container   // standing by here with rules of their own, by id
 }
 
 type machine struct {
 	// What a search looks at comes first, together: it looks at many.
-	host  *host
-	group *group
-	slot  Size // free(), while indexed
-	reach Size // room(), while indexed
+	host    *host
+	group   *group
+	slot    Size // free(), while indexed
+	reach   Size // room(), while indexed
+	fresh   bool // booted by the plan being made
+	indexed bool
+	sum     Size // of its containers' requests
+	in      box
 	Machine
 	begins           order
-	sum              Size // of its containers' requests
-	in               box
 	parts            []part
 	overhead         Size // its part of the host's busy
-	fresh            bool // booted by the plan being made
 	freeKey, roomKey uint32
-	indexed          bool
 }
 
 func (h *host) id() string               { return h.ID }
@@ -109,18 +111,6 @@ func (h *host) idle() Size { return h.Capacity.sub(h.busy) }
 // free is what nothing runs in; avail is what of it is not kept back either.
 func (h *host) free() Size  { return h.Capacity.sub(h.used()) }
 func (h *host) avail() Size { return h.free().sub(h.reserve) }
-
-// ceiling is the most a machine booted here may become.
-func (h *host) ceiling() Size {
-	top, limit := h.Capacity.sub(h.MachineExtra), h.Capabilities.MaxMachine
-	if limit.CPU > 0 {
-		top.CPU = min(top.CPU, limit.CPU)
-	}
-	if limit.Memory > 0 {
-		top.Memory = min(top.Memory, limit.Memory)
-	}
-	return h.stepDown(h.Base, top)
-}
 
 func (m *machine) used() Size  { return m.host.GuestExtra.add(m.sum) }
 func (m *machine) free() Size  { return m.Size.sub(m.used()) }
@@ -195,7 +185,7 @@ func (s *State) SetHost(h Host) error {
 	for k := range old.all.services.all() {
 		s.rezone(k, old, h.Zone)
 	}
-	old.Host = h
+	old.Host, old.top = h, h.ceiling()
 	s.indexHost(old)
 	if !old.takes() || !old.reserve.fits(old.free()) {
 		s.dismiss(old, nil)
@@ -205,7 +195,7 @@ func (s *State) SetHost(h Host) error {
 }
 
 func newHost(h Host) *host {
-	n := &host{Host: h, begins: orderOf(h.ID), ports: map[portKey][]*container{}}
+	n := &host{Host: h, top: h.ceiling(), begins: orderOf(h.ID), ports: map[portKey][]*container{}}
 	n.metal.level = levelKernel
 	return n
 }
