@@ -64,13 +64,12 @@ const (
 	termSpread
 	termFit
 	termRest
-	termPower
 	termCrowd
 	termSparse
 	nTerms
 )
 
-var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "power", "crowd", "sparse"}
+var termNames = [nTerms]string{"seconds", "pinned", "spread", "fit", "rest", "crowd", "sparse"}
 
 func (a *candidate) id() string {
 	if a.machine != nil {
@@ -126,27 +125,22 @@ func (d *decision) weigh(c *container, a *candidate) {
 		a.pinned = max(0, a.to.Memory-c.need.Memory) + h.MachineExtra.Memory
 	case PlaceM:
 	}
-	power := 0.0
-	if h.Off {
-		a.seconds += caps.PowerOnSeconds
-		power = WeightPowerOn
-	}
 	a.terms[termSeconds] = WeightSecond * a.seconds
 	a.terms[termPinned] = WeightPinnedGiB * float64(a.pinned) / gib
 	a.terms[termSpread] = d.spread(c, a)
 	a.terms[termFit] = WeightFit * fit(c, a)
 	a.terms[termRest] = d.rest(c, a)
-	a.terms[termPower] = power
 	if d.switchable() {
 		a.terms[termSparse] = d.sparse(c, a)
 		if a.kind == Boot && c.Isolation == Project {
 			a.terms[termCrowd] = crowd(h)
 		}
 	}
-	a.cost = 0
-	for _, t := range a.terms {
-		a.cost += t
+	cost := 0.0
+	for i := range a.terms {
+		cost += a.terms[i]
 	}
+	a.cost = cost
 }
 
 // crowd charges for another machine on a host.

@@ -35,8 +35,10 @@ func (f *finder) add(kind Kind, h *host, m *machine) int {
 	if h == f.d.not || h == f.d.nor || m != nil && f.d.into != nil && !f.d.into(f.c, m) {
 		return beside
 	}
-	f.found = append(f.found, candidate{kind: kind, host: h, machine: m, beside: beside})
-	f.d.weigh(f.c, &f.found[len(f.found)-1])
+	f.found = append(f.found, candidate{})
+	a := &f.found[len(f.found)-1]
+	a.kind, a.host, a.machine, a.beside = kind, h, m, beside
+	f.d.weigh(f.c, a)
 	return beside
 }
 
