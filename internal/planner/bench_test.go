@@ -89,6 +89,7 @@ func benchPlace(b *testing.B, hosts, losses int, shape func(i int, c *planner.Co
 	slices.Sort(took)
 	b.ReportMetric(float64((processCPU()-cpu).Microseconds())/float64(len(took)), "cpu-µs/op")
 	b.ReportMetric(float64(len(took))/b.Elapsed().Seconds(), "placements/s")
+	b.ReportMetric(float64(took[len(took)/2].Nanoseconds())/1000, "median-µs")
 	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
 }
 
@@ -116,15 +117,35 @@ func BenchmarkPlaceSpread(b *testing.B) {
 	}
 }
 
-// BenchmarkPlaceAnti is replicas of which a host bears one only.
+// alone is replicas of which a host bears one only.
+func alone(_ int, c *planner.Container) {
+	c.Service = "alone"
+	c.Anti = []planner.AntiRule{{Service: "alone", Layer: "host"}}
+}
+
+// BenchmarkPlaceAnti is such a replica, the first of its project.
 func BenchmarkPlaceAnti(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) { benchPlace(b, hosts, 0, alone) })
+	}
+}
+
+// BenchmarkPlaceAntiAmong is one where there are ten of them already.
+func BenchmarkPlaceAntiAmong(b *testing.B) {
 	for _, hosts := range benchHosts {
 		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) {
 			benchPlace(b, hosts, 0, func(i int, c *planner.Container) {
-				c.Service = "alone"
-				c.Anti = []planner.AntiRule{{Service: "alone", Layer: "host"}}
+				c.Project = fmt.Sprintf("p-%d", i%10)
+				alone(i, c)
 			})
 		})
+	}
+}
+
+// BenchmarkPlaceAntiGuaranteed is the first of a project with every host loss survivable.
+func BenchmarkPlaceAntiGuaranteed(b *testing.B) {
+	for _, hosts := range benchHosts {
+		b.Run(fmt.Sprintf("hosts=%d/containers=%d", hosts, hosts*100), func(b *testing.B) { benchPlace(b, hosts, 1, alone) })
 	}
 }
 

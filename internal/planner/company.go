@@ -16,7 +16,6 @@ type company struct {
 	reach   reach
 	on      []map[*host]int // where the services run that its rules speak of, by number of the rule
 	wary    map[*host]int   // where those of its project run that bring rules of their own
-	claims  bool            // hosts have claims on them: others may come there after a loss
 }
 
 // reach is where rules may matter to a container.
@@ -24,7 +23,7 @@ type reach uint8
 
 const (
 	nowhere   reach = iota // it brings no rules, and nobody brings any against it
-	somewhere              // see company.at
+	somewhere              // see matters
 	anywhere               // it brings rules that are not on company, or there are some about zones
 )
 
@@ -35,7 +34,7 @@ func (s *State) companyOf(c *container) *company {
 		return x
 	}
 	x.c, x.demands, x.epoch, x.on = c, c.demands, s.epoch, x.on[:0]
-	x.wary, x.claims = s.wary[c.Project], len(s.standing) > 0
+	x.wary = s.wary[c.Project]
 	near := len(x.wary) > 0
 	for _, r := range c.Anti {
 		on := s.services[serviceKey{c.Project, r.Service}]
@@ -57,8 +56,9 @@ func (c *container) particular() bool {
 	return !c.plain && len(c.Ports)+len(c.Volumes)+len(c.Hosts)+len(c.Zones)+len(c.Near) > 0
 }
 
-// at says whether rules may matter on h.
-func (x *company) at(h *host) bool {
+// matters says whether rules may matter between c and h.
+func (s *State) matters(c *container, h *host) bool {
+	x := s.companyOf(c)
 	if x.reach != somewhere {
 		return x.reach == anywhere
 	}
@@ -67,11 +67,9 @@ func (x *company) at(h *host) bool {
 			return true
 		}
 	}
-	return x.wary[h] > 0 || x.claims && len(h.claims) > 0
+	// Others may come to h after a loss, if hosts have claims on it.
+	return x.wary[h] > 0 || len(s.standing) > 0 && len(h.claims) > 0
 }
-
-// matters says whether rules may matter between c and h.
-func (s *State) matters(c *container, h *host) bool { return s.companyOf(c).at(h) }
 
 // easy says whether only room matters to c, wherever it goes.
 func (s *State) easy(c *container) bool {

@@ -14,6 +14,9 @@ func (s *State) Consistent() error {
 	if err := s.same(s.anew()); err != nil {
 		return err
 	}
+	if err := s.indifference(); err != nil {
+		return err
+	}
 	n := s.Clone()
 	if err := s.same(n); err != nil {
 		return fmt.Errorf("copy: %w", err)
@@ -23,6 +26,27 @@ func (s *State) Consistent() error {
 	}
 	if err := n.same(n.anew()); err != nil {
 		return fmt.Errorf("copy: %w", err)
+	}
+	return nil
+}
+
+// indifference checks that where no rules matter none turns a container away.
+func (s *State) indifference() error {
+	for _, c := range s.containers {
+		for _, h := range s.hosts {
+			if !s.indifferent(c, h) {
+				continue
+			}
+			x := []miss{s.hostRules(c, h), s.volumeRule(c, h, noMachine), s.nearRule(c, &noMachine.in, "", "machine"), s.residentRule(c, h)}
+			for _, m := range h.machines {
+				x = append(x, s.volumeRule(c, h, m), antiRule(c, &m.in, "machine"), s.nearRule(c, &m.in, "", "machine"))
+			}
+			for _, x := range x {
+				if !x.ok() {
+					return fmt.Errorf("rules should not matter between %s and %s, but %s does: %s", c.ID, h.ID, x.rule, x.detail)
+				}
+			}
+		}
 	}
 	return nil
 }
