@@ -91,14 +91,14 @@ func adapt(b *testing.B, file string, change func(map[string]any)) {
 }
 
 // inTurns runs busybox true by `tandem run --rm` with these flags, and each of the
-// others, nine times one after the other, so that all see the same load, and returns
+// others, 21 times one after the other, so that all see the same load, and returns
 // medians, of Tandem first. Nobody is burdened with what another one does after a
 // container's end.
 func inTurns(b *testing.B, h *host.Host, flags []string, others ...func() time.Duration) []time.Duration {
 	b.Helper()
 	d := make([][]time.Duration, 1+len(others))
 	here := strings.Count(h.Tandem("ps", "-a", "-q"), "\n")
-	for range 9 {
+	for range 21 {
 		time.Sleep(time.Second) // each begins when what others left has been cleared
 		start := time.Now()
 		h.Tandem(append(append([]string{"run", "--rm"}, flags...), "busybox", "true")...)
