@@ -58,7 +58,7 @@ func hostSpec(snap *store.Snapshot, hostID, clusterID string) *v1.HostSpec {
 		}
 		x := &v1.ContainerAssignment{
 			Id: c.Meta.Id, Name: finalName(c), Project: c.Meta.Project, Service: c.Service, MachineId: a.MachineId, Spec: c.Spec,
-			Ip: a.Ip, Network: a.NetworkId, Addresses: a.Addresses, Stopped: c.Stopped, Paused: c.Paused, Generation: c.Meta.Generation,
+			Ip: a.Ip, Network: a.NetworkId, Addresses: a.Addresses, Stopped: c.Stopped || c.GivesWayTo != "", Paused: c.Paused, Generation: c.Meta.Generation,
 			RestartGeneration: c.RestartGeneration, StopTimeout: c.StopTimeout,
 			Hold: !c.Stopped && (queue[c.Meta.Id] || waitsFor(c, services, groups) != ""),
 		}

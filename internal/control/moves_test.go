@@ -188,7 +188,7 @@ func TestActionsNobodyCan(t *testing.T) {
 		}
 	}
 	w := newPlacement(x.ctl, x.st.Snapshot(), x.ctl.claims(x.st.Snapshot()))
-	w.action(planner.Action{Kind: planner.Evict, Container: w.snap.Containers[0].Meta.Id})
+	w.evictions([]planner.Action{{Kind: planner.Evict, Container: w.snap.Containers[0].Meta.Id}, {Kind: planner.Place, Container: w.snap.Containers[1].Meta.Id}})
 	if err := w.commit(x.ctx); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("latency work gives way: %v", err)
 	}
@@ -197,16 +197,26 @@ func TestActionsNobodyCan(t *testing.T) {
 	}
 }
 
-// Batch work that gives way has no place, and finds another.
+// Batch work that gives way keeps its place until it has ended, and finds another then.
 func TestEvict(t *testing.T) {
 	x := folding(t)
 	all := store.List[*v1.Container](x.st, "p")
 	change(x, store.KeyOf(all[0]), func(c *v1.Container) { c.Spec.WorkClass = v1.WorkClass_WORK_CLASS_BATCH })
 	w := newPlacement(x.ctl, x.st.Snapshot(), x.ctl.claims(x.st.Snapshot()))
-	w.action(planner.Action{Kind: planner.Evict, Container: all[0].Meta.Id, Reason: planner.Reason{Summary: "gives way to another"}})
+	must(t, w.evict(planner.Action{Kind: planner.Evict, Container: all[0].Meta.Id}, "another"))
 	must(t, w.commit(x.ctx))
-	if c, err := store.ByID[*v1.Container](x.st, store.Containers, all[0].Meta.Id); err != nil || c.Assignment != nil {
+	c, err := store.ByID[*v1.Container](x.st, store.Containers, all[0].Meta.Id)
+	if err != nil || c.Assignment == nil || c.GivesWayTo != "another" {
 		t.Fatal(c, err)
+	}
+	snap := x.st.Snapshot()
+	if !awaiting(snap)["another"] || givenUp(c) {
+		t.Error("nobody waits for who gives way")
+	}
+	for _, a := range hostSpec(snap, c.Assignment.HostId, "").Containers {
+		if a.Stopped != (a.Id == c.Meta.Id) {
+			t.Errorf("%s is told to stop: %v", a.Name, a.Stopped)
+		}
 	}
 	x.pass(10 * time.Second)
 	if c, err := store.ByID[*v1.Container](x.st, store.Containers, all[0].Meta.Id); err != nil || !Ready(c) {

@@ -25,8 +25,13 @@ func (c *Controller) place(ctx context.Context) (time.Duration, error) {
 	c.planMu.Lock()
 	defer c.planMu.Unlock()
 	snap := c.store.Snapshot()
+	if err := c.vacate(ctx, snap); err != nil {
+		return 0, err
+	}
+	snap = c.store.Snapshot()
 	c.plan.sync() // after the snapshot: the planner knows at least as much
-	waiting := slices.DeleteFunc(slices.Clone(snap.Containers), func(x *v1.Container) bool { return !unplaced(x) })
+	awaiting := awaiting(snap)
+	waiting := slices.DeleteFunc(slices.Clone(snap.Containers), func(x *v1.Container) bool { return !unplaced(x) || awaiting[x.Meta.Id] })
 	if len(waiting) == 0 {
 		return 0, nil
 	}
@@ -51,9 +56,7 @@ func (c *Controller) place(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, fmt.Errorf("placing %d containers: %w", len(ids), err)
 	}
-	for _, a := range plan.Actions {
-		w.action(a)
-	}
+	w.evictions(plan.Actions)
 	for _, u := range plan.Unplaced {
 		w.unplaced(u.Container, Reason(u.Reason), u.Remedy)
 	}
@@ -151,8 +154,6 @@ func (w *placement) action(a planner.Action) {
 		w.fail(w.move(a))
 	case planner.Restart:
 		w.fail(w.restart(a))
-	case planner.Evict:
-		w.fail(w.evict(a))
 	case planner.Shrink:
 		if m := w.edit(a.Machine); m != nil {
 			m.Size = fromSize(a.To)

@@ -20,8 +20,12 @@ type planState struct {
 }
 
 func newPlanState(c *Controller) *planState {
-	return &planState{c: c, state: planner.New(), unplaced: map[string]*v1.Reason{}, moved: c.store.Revision(),
+	p := &planState{c: c, state: planner.New(), unplaced: map[string]*v1.Reason{}, moved: c.store.Revision(),
 		sub: c.store.Subscribe(true, store.Hosts, store.Machines, store.Volumes, store.Containers)}
+	if err := p.state.SetPolicy(planner.Policy{Evict: true}); err != nil {
+		panic(err) // a policy without losses is none that fails
+	}
+	return p
 }
 
 // feedOrder: what others refer to comes first, removals in the other direction.

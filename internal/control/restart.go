@@ -74,9 +74,13 @@ func (c *Controller) restartLost(ctx context.Context) (time.Duration, error) {
 	claimed := c.claims(snap)
 	w := newPlacement(c, snap, claimed)
 	w.by = "restart"
-	for _, a := range plan.Actions {
+	for i, a := range plan.Actions {
 		if x := w.containers[a.Container]; x != nil && claimed.blocks(x) != nil {
 			return next, claimed.blocks(x)
+		}
+		if a.Kind == planner.Evict { // what was lost does not wait until others have ended
+			w.fail(w.evict(a, beneficiary(plan.Actions[i:])))
+			continue
 		}
 		w.action(a)
 	}
@@ -128,20 +132,5 @@ func (w *placement) restart(a planner.Action) error {
 		w.checked[a.Host] = true
 		w.tx.Check(h)
 	}
-	return nil
-}
-
-// evict takes a container's place away; it waits for another one.
-func (w *placement) evict(a planner.Action) error {
-	x := w.containers[a.Container]
-	if x == nil || x.Spec.GetWorkClass() != v1.WorkClass_WORK_CLASS_BATCH {
-		return fmt.Errorf("container %s is no batch work, and gives way to nobody: %w", a.Container, errdefs.ErrFailedPrecondition)
-	}
-	x = clone(x)
-	r := w.named(Reason(a.Reason))
-	x.Assignment = nil
-	x.Status = &v1.ContainerStatus{State: v1.ContainerState_CONTAINER_STATE_PENDING, CreatedAt: x.GetStatus().GetCreatedAt(), Message: r.Summary}
-	w.tx.Update(x)
-	w.say(x.Meta.Name, "gives way", r)
 	return nil
 }

@@ -196,7 +196,7 @@ func change[T store.Record](x *script, k store.Key, fn func(T)) {
 
 // service makes a service or changes it, as `up` does. Settings: image= replicas=
 // cpu= (thousandths) memory= needs=SERVICE:CONDITION,… restart=POLICY[:RETRIES]
-// check=yes publish=HOST:PORT grace= order= parallel= isolation=metal spread=
+// check=yes publish=HOST:PORT grace= order= parallel= isolation=metal class=batch spread=
 // volume=NAME min= max= target= (percent of cpu) pressure=
 func (x *script) service(project, name string, set settings) {
 	t := x.t
@@ -223,6 +223,9 @@ func (x *script) service(project, name string, set settings) {
 	}
 	if set["grace"] != "" {
 		spec.StopGracePeriod = durationpb.New(set.duration(t, "grace"))
+	}
+	if set["class"] == "batch" {
+		spec.WorkClass = v1.WorkClass_WORK_CLASS_BATCH
 	}
 	if set["isolation"] == "metal" {
 		spec.Isolation = v1.Isolation_ISOLATION_METAL

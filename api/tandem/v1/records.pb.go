@@ -660,8 +660,11 @@ type Container struct {
 	OneOff            bool                   `protobuf:"varint,12,opt,name=one_off,json=oneOff,proto3" json:"one_off,omitempty"`
 	// A move: this one is to take the place (name, ports) of the container with this
 	// id once it is ready; that one says below who has taken its place, and goes.
-	Replaces      string `protobuf:"bytes,21,opt,name=replaces,proto3" json:"replaces,omitempty"`
-	ReplacedBy    string `protobuf:"bytes,22,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
+	Replaces   string `protobuf:"bytes,21,opt,name=replaces,proto3" json:"replaces,omitempty"`
+	ReplacedBy string `protobuf:"bytes,22,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
+	// Batch work that gives way to the container (or the restarted machine) with this id:
+	// it ends, loses its place and waits for another one.
+	GivesWayTo    string `protobuf:"bytes,23,opt,name=gives_way_to,json=givesWayTo,proto3" json:"gives_way_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -790,6 +793,13 @@ func (x *Container) GetReplaces() string {
 func (x *Container) GetReplacedBy() string {
 	if x != nil {
 		return x.ReplacedBy
+	}
+	return ""
+}
+
+func (x *Container) GetGivesWayTo() string {
+	if x != nil {
+		return x.GivesWayTo
 	}
 	return ""
 }
@@ -1507,7 +1517,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\n" +
 	"cpu_target\x18\x03 \x01(\x01R\tcpuTarget\x12#\n" +
 	"\rmemory_target\x18\x04 \x01(\x01R\fmemoryTarget\x12'\n" +
-	"\x0fpressure_target\x18\x05 \x01(\x01R\x0epressureTarget\"\x95\x04\n" +
+	"\x0fpressure_target\x18\x05 \x01(\x01R\x0epressureTarget\"\xb7\x04\n" +
 	"\tContainer\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x18\n" +
@@ -1526,7 +1536,9 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\aone_off\x18\f \x01(\bR\x06oneOff\x12\x1a\n" +
 	"\breplaces\x18\x15 \x01(\tR\breplaces\x12\x1f\n" +
 	"\vreplaced_by\x18\x16 \x01(\tR\n" +
-	"replacedBy\"\xb1\x02\n" +
+	"replacedBy\x12 \n" +
+	"\fgives_way_to\x18\x17 \x01(\tR\n" +
+	"givesWayTo\"\xb1\x02\n" +
 	"\n" +
 	"Assignment\x12\x17\n" +
 	"\ahost_id\x18\x01 \x01(\tR\x06hostId\x12\x1d\n" +
