@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,10 +15,10 @@ import (
 )
 
 // Batch work gives way to latency work that fits nowhere else, in three steps, each a
-// transaction: it is told to end (GivesWayTo), its place is taken away when it has
-// ended, and then there is room for the other one; it waits for a place itself. So the
-// two never need the same room at a time. A container that gives way is created anew
-// where it goes; its volumes stay.
+// transaction: it is told to end (GivesWayTo); its place is taken away when it has
+// ended; then there is room for the other one. So the two never need the same room at a
+// time. It waits for a place itself, and is not asked about before the other one has
+// its place. A container that gives way is created anew where it goes; its volumes stay.
 
 // evict tells a container to end and to give its place to another.
 func (w *placement) evict(a planner.Action, to string) error {
@@ -108,40 +109,70 @@ func (w *placement) waits(id string, ending []planner.Action) {
 	w.say(x.Meta.Name, "waits", &v1.Reason{Summary: strings.TrimPrefix(msg, "waits ")})
 }
 
-// awaiting is the containers for which others are giving way now.
-func awaiting(snap *store.Snapshot) map[string]bool {
+// giving is who waits because of evictions, and is not asked about now.
+func giving(snap *store.Snapshot) map[string]bool {
+	ids := map[string]*v1.Container{}
+	for _, x := range snap.Containers {
+		ids[x.Meta.Id] = x
+	}
 	out := map[string]bool{}
 	for _, x := range snap.Containers {
-		if x.GivesWayTo != "" && !x.Meta.Deleting && x.GetStatus().GetState() != v1.ContainerState_CONTAINER_STATE_UNKNOWN {
-			out[x.GivesWayTo] = true
+		to := ids[x.GivesWayTo]
+		switch {
+		case x.GivesWayTo == "" || x.Meta.Deleting || to == nil || !unplaced(to):
+		case x.GetAssignment() == nil:
+			out[x.Meta.Id] = true // else it would take its room again
+		case x.GetStatus().GetState() != v1.ContainerState_CONTAINER_STATE_UNKNOWN:
+			out[to.Meta.Id] = true
 		}
 	}
 	return out
 }
 
-// vacate takes the places of those away that were to give way and have ended.
-func (c *Controller) vacate(ctx context.Context, snap *store.Snapshot) error {
-	tx := c.store.Txn()
-	var said []decision
+// vacate takes the places of those away that were to give way and have ended, and
+// with the same stroke what their machines held for them.
+func (c *Controller) vacate(ctx context.Context) error {
+	snap := c.store.Snapshot()
+	var gone []*v1.Container
 	for _, x := range snap.Containers {
-		if x.GivesWayTo == "" || x.Meta.Deleting || !givenUp(x) {
-			continue
+		if x.GivesWayTo != "" && x.GetAssignment() != nil && !x.Meta.Deleting && givenUp(x) {
+			gone = append(gone, x)
 		}
-		x = clone(x)
-		x.GivesWayTo, x.Assignment = "", nil
-		x.Meta.Generation++ // what its old host still says of it is old
-		x.Status = &v1.ContainerStatus{State: v1.ContainerState_CONTAINER_STATE_PENDING, CreatedAt: x.GetStatus().GetCreatedAt(), Message: "gave way to latency work"}
-		tx.Update(x)
-		said = append(said, decision{x.Meta.Name, "has given its place up", ""})
 	}
-	if tx.Len() == 0 {
+	if len(gone) == 0 {
 		return nil
 	}
-	if _, err := tx.Commit(ctx); err != nil {
-		return err
+	c.plan.sync()
+	w := newPlacement(c, snap, c.claims(snap))
+	machines := []string{}
+	for _, old := range gone {
+		if id := old.Assignment.MachineId; id != "" {
+			machines = append(machines, id)
+		}
+		x := clone(old)
+		x.Assignment = nil
+		x.Meta.Generation++ // what its old host still says of it is old
+		x.Status = &v1.ContainerStatus{State: v1.ContainerState_CONTAINER_STATE_PENDING, CreatedAt: x.GetStatus().GetCreatedAt(),
+			Message: "gave way to " + w.called(x.GivesWayTo) + ", and waits for another place"}
+		w.tx.Update(x)
+		w.say(x.Meta.Name, "has given its place up", nil)
+		if err := c.plan.state.SetContainer(c.plan.container(x)); err != nil {
+			return err
+		}
 	}
-	c.tell("place", said)
-	return nil
+	plan, err := c.plan.state.Decide(planner.Question{Trim: &planner.Trim{Shrink: true, Only: machines}})
+	if err == nil {
+		for _, a := range plan.Actions {
+			w.action(a)
+		}
+		err = w.commit(ctx)
+	}
+	if err != nil { // as it was
+		for _, old := range gone {
+			err = errors.Join(err, c.plan.state.SetContainer(c.plan.container(old)))
+		}
+	}
+	return err
 }
 
 // givenUp says whether nothing of a container runs any more, or yet.
@@ -152,5 +183,5 @@ func givenUp(x *v1.Container) bool {
 	case v1.ContainerState_CONTAINER_STATE_CREATED, v1.ContainerState_CONTAINER_STATE_PENDING:
 		return x.GetStatus().GetStartedAt() == nil
 	}
-	return x.GetAssignment() == nil
+	return false
 }

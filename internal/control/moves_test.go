@@ -210,8 +210,8 @@ func TestEvict(t *testing.T) {
 		t.Fatal(c, err)
 	}
 	snap := x.st.Snapshot()
-	if !awaiting(snap)["another"] || givenUp(c) {
-		t.Error("nobody waits for who gives way")
+	if givenUp(c) {
+		t.Error("it runs, and counts as ended")
 	}
 	for _, a := range hostSpec(snap, c.Assignment.HostId, "").Containers {
 		if a.Stopped != (a.Id == c.Meta.Id) {

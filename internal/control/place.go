@@ -24,14 +24,13 @@ func unplaced(x *v1.Container) bool {
 func (c *Controller) place(ctx context.Context) (time.Duration, error) {
 	c.planMu.Lock()
 	defer c.planMu.Unlock()
-	snap := c.store.Snapshot()
-	if err := c.vacate(ctx, snap); err != nil {
+	if err := c.vacate(ctx); err != nil {
 		return 0, err
 	}
-	snap = c.store.Snapshot()
+	snap := c.store.Snapshot()
 	c.plan.sync() // after the snapshot: the planner knows at least as much
-	awaiting := awaiting(snap)
-	waiting := slices.DeleteFunc(slices.Clone(snap.Containers), func(x *v1.Container) bool { return !unplaced(x) || awaiting[x.Meta.Id] })
+	giving := giving(snap)
+	waiting := slices.DeleteFunc(slices.Clone(snap.Containers), func(x *v1.Container) bool { return !unplaced(x) || giving[x.Meta.Id] })
 	if len(waiting) == 0 {
 		return 0, nil
 	}
@@ -195,6 +194,7 @@ func (w *placement) put(a planner.Action) {
 	}
 	reason := w.named(Reason(a.Reason))
 	x = clone(x)
+	x.GivesWayTo = ""
 	x.Assignment = &v1.Assignment{HostId: a.Host, Reason: reason, At: stamp(w.c.clock.Now())}
 	var m *v1.Machine
 	if a.Kind == planner.Place {
