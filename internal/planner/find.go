@@ -137,7 +137,7 @@ func (f *finder) enough() int {
 }
 
 func (x *search) on(enough int) bool {
-	return x.fresh < enough && x.found < 3*enough && (x.looked < maxExamined || x.found == 0)
+	return x.fresh < enough && x.found < 2*enough && (x.looked < maxExamined || x.found == 0)
 }
 
 // machines finds free slots and machines that can grow.
