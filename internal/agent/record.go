@@ -77,6 +77,7 @@ func hashes(a *v1.ContainerAssignment) (fixed, live string) {
 		s.Resources, s.Restart, s.Healthcheck, s.Ports, s.DependsOn = nil, nil, nil, nil, nil
 		s.StopGracePeriod, s.PullPolicy, s.AutoRemove, s.HostAffinity = nil, "", false, nil
 		s.WorkClass, s.Annotations, s.Networks, s.Isolation = 0, nil, nil, 0
+		s.Pool, s.ZoneAffinity = "", nil
 	}
 	return hashProto(c), live
 }

@@ -105,16 +105,21 @@ func (a *Agent) longestGrace(machine string) time.Duration {
 	grace := time.Duration(0)
 	for _, c := range a.current().GetContainers() {
 		if c.MachineId == machine {
-			g := a.o.Tuning.StopGrace
-			if c.StopTimeout != nil {
-				g = c.StopTimeout.AsDuration()
-			} else if c.Spec.GetStopGracePeriod() != nil {
-				g = c.Spec.StopGracePeriod.AsDuration()
-			}
-			grace = max(grace, g)
+			grace = max(grace, a.grace(c))
 		}
 	}
 	return min(grace, 10*time.Minute)
+}
+
+// grace is how long a container may take to end.
+func (a *Agent) grace(c *v1.ContainerAssignment) time.Duration {
+	switch {
+	case c.StopTimeout != nil:
+		return c.StopTimeout.AsDuration()
+	case c.Spec.GetStopGracePeriod() != nil:
+		return c.Spec.StopGracePeriod.AsDuration()
+	}
+	return a.o.Tuning.StopGrace
 }
 
 // metalDisks are the disks of the host's own kernel: nothing to attach.

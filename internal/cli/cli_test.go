@@ -34,6 +34,7 @@ type fakeServer struct {
 	carried     *v1.CarryOutRequest
 	recommended *v1.RecommendRequest
 	inForce     *v1.AppliedRecommendation
+	policy      *v1.ChangePolicyRequest
 }
 
 func (f *fakeServer) list() []*v1.Container {
@@ -111,6 +112,7 @@ func (f projects) Remove(_ context.Context, r *connect.Request[v1.RemoveProjectR
 
 type machines struct {
 	tandemv1connect.UnimplementedMachineServiceHandler
+	looks chan bool // Inspect was called
 }
 
 func (machines) List(context.Context, *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error) {
@@ -118,6 +120,20 @@ func (machines) List(context.Context, *connect.Request[v1.ListMachinesRequest]) 
 		Meta: &v1.Meta{Id: "m-abc", Name: "m-1", Project: "shop"}, HostId: "h-1", Ceiling: &v1.Size{CpuMilli: 2000, MemoryBytes: 8 << 30},
 		Status: &v1.MachineStatus{State: v1.MachineState_MACHINE_STATE_RUNNING, Size: &v1.Size{CpuMilli: 1000, MemoryBytes: 256 << 20}},
 	}}}), nil
+}
+
+// Inspect shows a machine that lacks something.
+func (f machines) Inspect(context.Context, *connect.Request[v1.MachineRequest]) (*connect.Response[v1.Machine], error) {
+	f.looks <- true
+	return connect.NewResponse(&v1.Machine{Meta: &v1.Meta{Name: "m-1"}, Size: &v1.Size{CpuMilli: 2000, MemoryBytes: 256 << 20},
+		Status: &v1.MachineStatus{Size: &v1.Size{CpuMilli: 1000, MemoryBytes: 256 << 20}, Message: "no room"}}), nil
+}
+
+// Resize is done when somebody has looked at the machine twice.
+func (f machines) Resize(context.Context, *connect.Request[v1.ResizeMachineRequest]) (*connect.Response[v1.Machine], error) {
+	<-f.looks
+	<-f.looks
+	return connect.NewResponse(&v1.Machine{Meta: &v1.Meta{Name: "m-1"}, Status: &v1.MachineStatus{Size: &v1.Size{CpuMilli: 2000, MemoryBytes: 256 << 20}}}), nil
 }
 
 type system struct {
@@ -144,7 +160,7 @@ func start(t *testing.T, f *fakeServer) func(stdin string, args ...string) (out,
 	socket := filepath.Join(dir, "s")
 	mux := http.NewServeMux()
 	mux.Handle(tandemv1connect.NewContainerServiceHandler(containers{fakeServer: f}, rpc.HandlerOptions()...))
-	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{}, rpc.HandlerOptions()...))
+	mux.Handle(tandemv1connect.NewMachineServiceHandler(machines{looks: make(chan bool, 100)}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewSystemServiceHandler(system{f: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewStateServiceHandler(stateService{fakeServer: f}, rpc.HandlerOptions()...))
 	mux.Handle(tandemv1connect.NewProjectServiceHandler(projects{fakeServer: f}, rpc.HandlerOptions()...))
@@ -317,6 +333,17 @@ func TestProgressSaysEachStepOnce(t *testing.T) {
 	}
 	if n := strings.Count(b.String(), "\n"); n != 3 {
 		t.Errorf("%d lines:\n%s", n, b.String())
+	}
+}
+
+// A machine that does not get its new size soon says what it waits for, once.
+func TestResizeSaysWhatItWaitsFor(t *testing.T) {
+	out, errs, code := start(t, &fakeServer{})("", "machine", "resize", "m-1", "--cpus", "2")
+	if code != 0 || out != "m-1: 2 CPU, 256 MiB\n" {
+		t.Error(code, out)
+	}
+	if !strings.Contains(errs, "m-1") || !strings.Contains(errs, "1 CPU, 256 MiB of 2 CPU, 256 MiB  no room\n") || strings.Count(errs, "\n") != 1 {
+		t.Errorf("%q", errs)
 	}
 }
 

@@ -84,7 +84,7 @@ func (a *app) imagePull() *cobra.Command {
 }
 
 func (a *app) imageLoad(isImport bool) *cobra.Command {
-	var input string
+	var input, on string
 	var changes []string
 	c := &cobra.Command{Use: "load", Short: "Load images from a docker or OCI archive", Args: cobra.NoArgs}
 	if isImport {
@@ -93,8 +93,9 @@ func (a *app) imageLoad(isImport bool) *cobra.Command {
 	} else {
 		c.Flags().StringVarP(&input, "input", "i", "-", "archive to read")
 	}
+	c.Flags().StringVar(&on, "on", "", "host that takes it (default: all that are connected)")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		o := &v1.LoadOptions{Import: isImport, Changes: changes}
+		o := &v1.LoadOptions{Import: isImport, Changes: changes, Host: on}
 		if isImport {
 			input, o.Ref = args[0], args[1]
 		}

@@ -1,10 +1,12 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	v1 "tandem/api/tandem/v1"
 
@@ -177,7 +179,12 @@ func (a *app) machineResize() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := api.machines().Resize(cmd.Context(), connect.NewRequest(&v1.ResizeMachineRequest{Machine: args[0], Size: size, Wait: true}))
+		ctx, cancel := context.WithCancel(cmd.Context())
+		told := make(chan struct{})
+		go func() { defer close(told); a.tellSize(ctx, api, args[0]) }()
+		res, err := api.machines().Resize(ctx, connect.NewRequest(&v1.ResizeMachineRequest{Machine: args[0], Size: size, Wait: true}))
+		cancel()
+		<-told
 		if err != nil {
 			return err
 		}
@@ -190,6 +197,27 @@ func (a *app) machineResize() *cobra.Command {
 	c.Flags().StringVar(&cpus, "cpus", "", "CPUs")
 	c.Flags().StringVarP(&memory, "memory", "m", "", "memory, guest overhead included")
 	return c
+}
+
+// tellSize says on standard error how far a machine is, and what it waits for, each
+// time that changes, until ctx ends; of what is quick it says nothing.
+func (a *app) tellSize(ctx context.Context, api *client, machine string) {
+	p := newProgress(a.env.Stderr)
+	every := time.NewTicker(time.Second)
+	defer every.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-every.C:
+		}
+		res, err := api.machines().Inspect(ctx, connect.NewRequest(&v1.MachineRequest{Machine: machine}))
+		if err != nil {
+			continue // Resize says why, if it is to stay so
+		}
+		m := res.Msg
+		p.step(&v1.Progress{Id: m.GetMeta().GetName(), Action: sizeText(m.GetStatus().GetSize()) + " of " + sizeText(m.GetSize()), Message: m.GetStatus().GetMessage()})
+	}
 }
 
 func (a *app) machineConsole() *cobra.Command {

@@ -108,9 +108,10 @@ var entries = []entry{
 	{"picture", groupLook, false, (*app).picture},
 	{"plan", groupDecide, false, (*app).plan}, {"explain", groupDecide, false, (*app).explain}, {"rebalance", groupDecide, false, (*app).rebalance},
 	{"consolidate", groupDecide, false, (*app).consolidate}, {"rehearse", groupDecide, true, (*app).rehearse},
-	{"what-if", groupDecide, false, (*app).whatIf}, {"recommend", groupDecide, false, (*app).recommend}, {"simulate", groupDecide, true, (*app).simulate},
+	{"what-if", groupDecide, false, (*app).whatIf}, {"recommend", groupDecide, false, (*app).recommend},
+	{"policy", groupDecide, false, (*app).policyCmd}, {"simulate", groupDecide, true, (*app).simulate},
 	{"machine", groupParts, true, (*app).machine}, {"image", groupParts, true, (*app).image}, {"volume", groupParts, true, (*app).volume},
-	{"host", groupParts, true, (*app).hostCmd},
+	{"host", groupParts, true, (*app).hostCmd}, {"pool", groupParts, true, (*app).pool}, {"quota", groupParts, true, (*app).quota},
 	{"doctor", groupSystem, false, (*app).doctor}, {"version", groupSystem, false, (*app).version}, {"state", groupSystem, true, (*app).state},
 }
 

@@ -64,6 +64,7 @@ func (a *app) run() *cobra.Command {
 	f.BoolVar(&r.init, "init", false, "an init that reaps inside")
 	f.StringVar(&r.isolation, "isolation", "project", "project, shared, own (a machine for it alone) or metal (no machine)")
 	f.StringVar(&r.class, "class", "latency", "latency, or batch: ends when latency work fits nowhere else, and starts again when there is room")
+	f.StringVar(&r.pool, "pool", "", "pool that it counts in, such as /teams/shop")
 	f.StringVar(&r.pull, "pull", "missing", "missing, always, never")
 	f.StringVar(&r.stopSignal, "stop-signal", "", "signal that ends it")
 	f.IntVar(&r.stopTimeout, "stop-timeout", 10, "seconds before it is killed")

@@ -19,7 +19,7 @@ import (
 
 // runFlags are docker run's, as far as Tandem has them.
 type runFlags struct {
-	name, user, workdir, hostname, entrypoint, memory, cpus, restart, isolation, class, pull, stopSignal, shm, platform, memoryReservation        string
+	name, user, workdir, hostname, entrypoint, memory, cpus, restart, isolation, class, pool, pull, stopSignal, shm, platform, memoryReservation  string
 	env, envFile, publish, volume, label, capAdd, capDrop, securityOpt, ulimit, tmpfs, device, addHost, dns, dnsSearch, sysctl, groupAdd, network []string
 	detach, rm, tty, interactive, readOnly, privileged, init                                                                                      bool
 	pids, cpuShares                                                                                                                               int64
@@ -63,6 +63,7 @@ func (r *runFlags) spec(args []string) (*v1.ContainerSpec, error) {
 			return nil, usageError("--cpus: %v", err)
 		}
 	}
+	s.Pool = r.pool
 	if s.Isolation, s.WorkClass, err = parseWhere(r.isolation, r.class); err != nil {
 		return nil, err
 	}

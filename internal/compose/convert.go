@@ -20,7 +20,7 @@ import (
 type converter struct {
 	*report
 	project  *types.Project
-	defaults policy
+	defaults placing
 }
 
 func (c *converter) convert() *v1.ApplyProjectRequest {
@@ -31,6 +31,7 @@ func (c *converter) convert() *v1.ApplyProjectRequest {
 		s := p.Services[name]
 		req.Services = append(req.Services, c.service(at{c.report, "services." + name}, &s))
 	}
+	c.checkCompany(req.Services)
 	for _, name := range sortedKeys(p.Networks) {
 		n := p.Networks[name]
 		req.Networks = append(req.Networks, c.network(at{c.report, "networks." + name}, name, &n))
@@ -67,6 +68,7 @@ func (c *converter) service(a at, s *types.ServiceConfig) *v1.ServiceSpec {
 		Platform:     s.Platform,
 		Isolation:    pol.isolation,
 		WorkClass:    pol.class,
+		Pool:         pol.pool,
 		Env:          environment(s.Environment),
 
 		OomKillDisable: s.OomKillDisable,
@@ -118,7 +120,8 @@ func (c *converter) service(a at, s *types.ServiceConfig) *v1.ServiceSpec {
 		Replicas:      c.replicas(a, s, pol.scale),
 		Scale:         pol.scale,
 		Spread:        pol.spread,
-		Ha:            pol.ha,
+		Uncovered:     !pol.ha,
+		Company:       pol.company,
 		ContainerName: s.ContainerName,
 		Profiles:      s.Profiles,
 	}
@@ -339,14 +342,26 @@ func (c *converter) deploy(a at, d *types.DeployConfig, spec *v1.ServiceSpec) {
 	}
 	for _, con := range d.Placement.Constraints {
 		k, v, ok := strings.Cut(con, "==")
-		if k, v = strings.TrimSpace(k), strings.TrimSpace(v); !ok || k != "node.hostname" || v == "" {
-			a.in("placement.constraints").bad("%q is not supported: only node.hostname == HOST", con)
-			continue
+		k, v = strings.TrimSpace(k), strings.TrimSpace(v)
+		switch {
+		case ok && k == "node.hostname" && v != "":
+			spec.Template.HostAffinity = append(spec.Template.HostAffinity, v)
+		case ok && k == "node.labels.zone" && v != "":
+			spec.Template.ZoneAffinity = append(spec.Template.ZoneAffinity, v)
+		default:
+			a.in("placement.constraints").bad("%q is not supported: only node.hostname == HOST and node.labels.zone == ZONE", con)
 		}
-		spec.Template.HostAffinity = append(spec.Template.HostAffinity, v)
+	}
+	if len(spec.Template.ZoneAffinity) > 1 {
+		a.in("placement.constraints").bad("no host can be in all of these zones: %s", strings.Join(spec.Template.ZoneAffinity, ", "))
 	}
 	if len(spec.Template.HostAffinity) > 1 {
 		a.in("placement.constraints").bad("no host can have all of these names: %s", strings.Join(spec.Template.HostAffinity, ", "))
+	}
+	if n := d.Placement.MaxReplicas; n > maxReplicas {
+		a.in("placement.max_replicas_per_node").bad("%d is more than %d", n, maxReplicas)
+	} else if n > 0 {
+		spec.Company = append(spec.Company, &v1.CompanyRule{Service: spec.Name, Layer: "host", AtMost: int32(n - 1)})
 	}
 	u := d.UpdateConfig
 	if u == nil {

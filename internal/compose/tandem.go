@@ -7,32 +7,38 @@ import (
 	"strconv"
 	"strings"
 
+	"tandem/api/policy"
 	"tandem/api/resource"
 	v1 "tandem/api/tandem/v1"
 )
 
 // extension is the key of what Compose can't say. On the project:
 //
-//	x-tandem: {isolation: project|shared|own|metal, class: latency|batch, ha: true, spread: zone|host|machine}
+//	x-tandem: {isolation: project|shared|own|metal, class: latency|batch, ha: true, spread: zone|host|machine, pool: /teams/shop}
 //
 // as defaults for its services; on a service the same and
 //
 //	scale: {min: 1, max: 5, cpu: 70%, memory: 0.8, pressure: 10}
+//	near:  {cache: machine}                                  # or [cache]: on the same host
+//	apart: {db: host, crawler: {layer: machine, at_most: 2}} # or [db]: on no host with it
 //
-// and on a volume
+// ha: false keeps no place free for the loss of its host, where the cluster's policy
+// keeps one for all others. On a volume there is
 //
 //	size: 10g
 //
 // Unknown keys are errors.
 const extension = "x-tandem"
 
-// policy is what x-tandem says of a service.
-type policy struct {
+// placing is what x-tandem says of a service.
+type placing struct {
 	isolation v1.Isolation
 	class     v1.WorkClass
 	ha        bool
 	spread    string
+	pool      string
 	scale     *v1.ScalePolicy
+	company   []*v1.CompanyRule
 }
 
 var isolations = map[string]v1.Isolation{
@@ -66,25 +72,28 @@ func (c *converter) keys(a at, value any, allowed []string, known func(a at, key
 	}
 }
 
-func (c *converter) projectPolicy(a at, value any) policy {
-	p := policy{isolation: v1.Isolation_ISOLATION_PROJECT, class: v1.WorkClass_WORK_CLASS_LATENCY}
-	c.keys(a, value, []string{"isolation", "class", "ha", "spread"}, p.set)
+func (c *converter) projectPolicy(a at, value any) placing {
+	p := placing{isolation: v1.Isolation_ISOLATION_PROJECT, class: v1.WorkClass_WORK_CLASS_LATENCY, ha: true}
+	c.keys(a, value, []string{"isolation", "class", "ha", "spread", "pool"}, p.set)
 	return p
 }
 
-func (c *converter) servicePolicy(a at, value any) policy {
+func (c *converter) servicePolicy(a at, value any) placing {
 	p := c.defaults
-	c.keys(a, value, []string{"isolation", "class", "ha", "spread", "scale"}, func(b at, k string, v any) {
-		if k == "scale" {
+	c.keys(a, value, []string{"isolation", "class", "ha", "spread", "pool", "scale", "near", "apart"}, func(b at, k string, v any) {
+		switch k {
+		case "scale":
 			p.scale = c.scale(b, v)
-			return
+		case "near", "apart":
+			p.company = append(p.company, c.company(b, v, k == "near")...)
+		default:
+			p.set(b, k, v)
 		}
-		p.set(b, k, v)
 	})
 	return p
 }
 
-func (p *policy) set(a at, key string, value any) {
+func (p *placing) set(a at, key string, value any) {
 	text := fmt.Sprint(value)
 	var ok bool
 	switch key {
@@ -107,6 +116,82 @@ func (p *policy) set(a at, key string, value any) {
 			a.bad("%q is not one of zone, host, machine", text)
 		}
 		p.spread = text
+	case "pool":
+		if err := policy.PoolPath(text); err != nil {
+			a.bad("%q is no path of a pool; write for example /teams/shop", text)
+		}
+		p.pool = text
+	}
+}
+
+// company reads near or apart: a list of services, or a mapping of each to how near
+// counts.
+func (c *converter) company(a at, value any, near bool) []*v1.CompanyRule {
+	var out []*v1.CompanyRule
+	rule := func(a at, service, layer string) *v1.CompanyRule {
+		if !slices.Contains([]string{"machine", "host", "zone"}, layer) {
+			a.bad("%q is not one of machine, host, zone", layer)
+			layer = "host" // said once
+		}
+		r := &v1.CompanyRule{Service: service, Layer: layer, Near: near}
+		out = append(out, r)
+		return r
+	}
+	switch v := value.(type) {
+	case []any:
+		for _, s := range v {
+			rule(a, fmt.Sprint(s), "host")
+		}
+	case map[string]any:
+		for _, service := range sortedKeys(v) {
+			b := a.in(service)
+			m, ok := v[service].(map[string]any)
+			if !ok {
+				rule(b, service, fmt.Sprint(v[service]))
+				continue
+			}
+			r := rule(b, service, "host")
+			allowed := []string{"layer", "at_most"}
+			if near {
+				allowed = allowed[:1]
+			}
+			c.keys(b, m, allowed, func(d at, k string, v any) {
+				text := fmt.Sprint(v)
+				if k == "layer" {
+					if r.Layer = text; !slices.Contains([]string{"machine", "host", "zone"}, text) {
+						d.bad("%q is not one of machine, host, zone", text)
+						r.Layer = "host"
+					}
+					return
+				}
+				n, err := strconv.ParseInt(text, 10, 32)
+				if err != nil || n < 0 || n > maxReplicas {
+					d.bad("%q is not a number of replicas up to %d", text, maxReplicas)
+				}
+				r.AtMost = int32(n)
+			})
+		}
+	default:
+		a.bad("must be a list of services, or a mapping of services to machine, host or zone")
+	}
+	return out
+}
+
+// checkCompany names rules on company that can't be meant. Services of profiles that
+// are not active may be named.
+func (c *converter) checkCompany(services []*v1.ServiceSpec) {
+	wrong := policy.Company(services)
+	for _, s := range services {
+		a := at{c.report, "services." + s.Name + "." + extension}
+		for _, what := range wrong[s.Name] {
+			a.bad("%s", what)
+		}
+		for _, r := range s.Company {
+			_, active := c.project.Services[r.Service]
+			if _, disabled := c.project.DisabledServices[r.Service]; !active && !disabled {
+				a.bad("near or apart names %q, which is no service of this project", r.Service)
+			}
+		}
 	}
 }
 

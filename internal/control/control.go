@@ -142,7 +142,7 @@ type loop struct {
 func (c *Controller) loops() []loop {
 	return []loop{
 		{"deploy", c.deploy, []store.Kind{store.Projects, store.Services, store.Containers}},
-		{"place", c.place, []store.Kind{store.Containers, store.Machines, store.Hosts, store.Volumes, store.Networks}},
+		{"place", c.place, []store.Kind{store.Containers, store.Machines, store.Hosts, store.Volumes, store.Networks, store.Services, store.Policies}},
 		{"trim", c.trimMachines, []store.Kind{store.Containers, store.Machines, store.Hosts}},
 		{"collect", c.collect, []store.Kind{store.Projects, store.Services, store.Networks, store.Volumes, store.Containers, store.Machines}},
 		{"lost", c.findLost, []store.Kind{store.Hosts}},

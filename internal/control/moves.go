@@ -108,8 +108,13 @@ func waitsItsTurn(cs []*v1.Container) map[string]bool {
 // here: it is a service's, its restart policy says that it may be started again, and
 // it keeps nothing.
 func movable(x *v1.Container) bool {
+	return restartable(x) && x.Replaces == "" && x.ReplacedBy == ""
+}
+
+// restartable says whether a container may be started elsewhere when its host is lost.
+func restartable(x *v1.Container) bool {
 	spec := x.GetSpec()
-	if x.Service == "" || x.OneOff || x.Meta.Deleting || x.Stopped || x.Paused || x.Replaces != "" || x.ReplacedBy != "" || len(x.Meta.Name) > 120 {
+	if x.Service == "" || x.OneOff || x.Meta.Deleting || x.Stopped || x.Paused || len(x.Meta.Name) > 120 {
 		return false
 	}
 	if p := spec.GetRestart().GetName(); p != "always" && p != "unless-stopped" {

@@ -59,7 +59,11 @@ func (c *Controller) place(ctx context.Context) (time.Duration, error) {
 	for _, u := range plan.Unplaced {
 		w.unplaced(u.Container, Reason(u.Reason), u.Remedy)
 	}
-	return 0, w.commit(ctx)
+	if err := w.commit(ctx); err != nil {
+		return 0, err
+	}
+	w.promise(plan)
+	return 0, nil
 }
 
 // placement turns a plan into records.

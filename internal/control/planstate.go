@@ -17,19 +17,22 @@ type planState struct {
 	sub      *store.Subscription
 	unplaced map[string]*v1.Reason // container id -> why it has no place
 	moved    uint64                // store revision of the last change that plans rely on
+	policy   *v1.Policy            // that the state has
+	covered  uint64                // moved, when standby hosts were last looked for anew
 }
 
 func newPlanState(c *Controller) *planState {
 	p := &planState{c: c, state: planner.New(), unplaced: map[string]*v1.Reason{}, moved: c.store.Revision(),
-		sub: c.store.Subscribe(true, store.Hosts, store.Machines, store.Volumes, store.Containers)}
-	if err := p.state.SetPolicy(planner.Policy{Evict: true}); err != nil {
-		panic(err) // a policy without losses is none that fails
-	}
+		sub: c.store.Subscribe(true, store.Policies, store.Hosts, store.Machines, store.Volumes, store.Services, store.Containers)}
+	p.dropPolicy() // until the record comes, if there is one
 	return p
 }
 
+// maxCovered bounds the hosts whose containers' standby hosts are looked for anew at a time.
+const maxCovered = 16
+
 // feedOrder: what others refer to comes first, removals in the other direction.
-var feedOrder = map[store.Kind]int{store.Hosts: 0, store.Machines: 1, store.Volumes: 2, store.Containers: 3}
+var feedOrder = map[store.Kind]int{store.Policies: 0, store.Hosts: 1, store.Machines: 2, store.Volumes: 3, store.Services: 4, store.Containers: 5}
 
 // sync feeds in what has changed.
 func (p *planState) sync() {
@@ -57,9 +60,13 @@ func (p *planState) sync() {
 		if ch.New == nil {
 			continue
 		}
-		if err := p.set(ch.New); err != nil {
+		if err := p.set(ch.Old, ch.New); err != nil {
 			p.c.log.Warn("planner can't take a record", "record", ch.Key.String(), "err", err)
 		}
+	}
+	if p.policy.GetHostLosses() > 0 && p.covered != p.moved { // once for each change that may matter
+		p.covered = p.moved
+		p.state.Cover(maxCovered)
 	}
 }
 
@@ -74,11 +81,18 @@ func (p *planState) drop(r store.Record) {
 		delete(p.unplaced, x.Meta.Id)
 	case *v1.Volume:
 		p.state.SetVolume(x.Meta.Id, "")
+	case *v1.Policy:
+		p.dropPolicy()
 	}
 }
 
-func (p *planState) set(r store.Record) error {
+func (p *planState) set(old, r store.Record) error {
 	switch x := r.(type) {
+	case *v1.Policy:
+		return p.setPolicy(x)
+	case *v1.Service:
+		was, _ := old.(*v1.Service)
+		return p.setService(was, x)
 	case *v1.Host:
 		return p.state.SetHost(planHost(x))
 	case *v1.Machine:
@@ -153,7 +167,7 @@ func (p *planState) container(x *v1.Container) planner.Container {
 	spec := x.GetSpec()
 	out := planner.Container{
 		ID: x.Meta.Id, Project: x.Meta.Project, Isolation: isolations[spec.GetIsolation()], Request: size(Request(spec.GetResources())),
-		Machine: x.GetAssignment().GetMachineId(), Host: x.GetAssignment().GetHostId(), Stateful: !movable(x),
+		Machine: x.GetAssignment().GetMachineId(), Host: x.GetAssignment().GetHostId(), Stateful: !movable(x), Uncovered: !restartable(x), Pool: spec.GetPool(), Zones: spec.GetZoneAffinity(),
 	}
 	if spec.GetWorkClass() == v1.WorkClass_WORK_CLASS_BATCH {
 		out.Class = planner.Batch
@@ -161,10 +175,7 @@ func (p *planState) container(x *v1.Container) planner.Container {
 	if x.Service != "" && !x.OneOff {
 		out.Service = x.Service
 		if s, err := store.Get[*v1.Service](p.c.store, store.Key{Kind: store.Services, Project: x.Meta.Project, Name: x.Service}); err == nil {
-			switch s.Spread {
-			case "host", "machine", "zone":
-				out.Spread = s.Spread
-			}
+			placing(&out, s)
 		}
 	}
 	for _, m := range spec.GetPorts() {

@@ -48,10 +48,13 @@ func (c *Controller) PlanContainer(x *v1.Container) planner.Container { return c
 // healthy, but that it, its machine or its host came, went or has another size or place.
 func (p *planState) note(ch store.Change) {
 	if ch.New == nil {
+		if ch.Key.Kind == store.Services {
+			return // its containers are told of themselves
+		}
 		p.moved = max(p.moved, p.c.store.Revision())
 		return
 	}
-	same := false
+	same := ch.Key.Kind == store.Services && ch.Old == nil
 	if ch.Old != nil && ch.Old.GetMeta().GetId() == ch.New.GetMeta().GetId() {
 		switch now := ch.New.(type) {
 		case *v1.Host:
@@ -60,6 +63,8 @@ func (p *planState) note(ch store.Change) {
 			same = planMachine(ch.Old.(*v1.Machine)) == planMachine(now)
 		case *v1.Volume:
 			same = ch.Old.(*v1.Volume).HostId == now.HostId
+		case *v1.Service:
+			same = samePlacing(ch.Old.(*v1.Service), now)
 		case *v1.Container:
 			was := ch.Old.(*v1.Container)
 			same = unplaced(was) == unplaced(now) && was.Meta.Deleting == now.Meta.Deleting && was.ServiceHash == now.ServiceHash &&

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"tandem/api/policy"
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control/fakehost"
 	"tandem/internal/store"
@@ -115,7 +116,7 @@ func (x *script) do(line string) {
 		}
 	}
 	switch verb {
-	case "host": // cpu= memory= boot= prepare= machine= (the largest there is)
+	case "host": // zone= cpu= memory= boot= prepare= machine= (the largest there is)
 		size := &v1.Size{CpuMilli: 1000 * set.number(t, "cpu", 8), MemoryBytes: 16 << 30}
 		if m := set.bytes(t, "memory"); m > 0 {
 			size.MemoryBytes = m
@@ -124,7 +125,7 @@ func (x *script) do(line string) {
 		if m := set.bytes(t, "machine"); m > 0 {
 			k.MaxMachine = &v1.Size{MemoryBytes: m}
 		}
-		x.hosts[names[0]] = &simHost{Host: fakehost.New(fakehost.Options{ID: "h-" + names[0], Hostname: names[0], Capacity: size, Capabilities: k, Clock: x.clock,
+		x.hosts[names[0]] = &simHost{Host: fakehost.New(fakehost.Options{ID: "h-" + names[0], Hostname: names[0], Zone: set["zone"], Capacity: size, Capabilities: k, Clock: x.clock,
 			Boot: set.duration(t, "boot"), Prepare: set.duration(t, "prepare")})}
 		x.connect(names[0])
 	case "connect":
@@ -166,6 +167,16 @@ func (x *script) do(line string) {
 			}
 		}
 		change(x, store.Key{Kind: store.Projects, Name: names[0]}, func(p *v1.Project) { p.Meta.Deleting = true })
+	case "policy": // losses=
+		n := int32(set.number(t, "losses", 0))
+		x.policy(&v1.ChangePolicyRequest{HostLosses: &n})
+	case "pool": // reserve= limit= (of CPUs) shares=
+		x.policy(&v1.ChangePolicyRequest{Pools: []*v1.Pool{{Path: names[0], Shares: set.number(t, "shares", 0),
+			Reservation: &v1.Size{CpuMilli: 1000 * set.number(t, "reserve", 0)}, Limit: &v1.Size{CpuMilli: 1000 * set.number(t, "limit", 0)}}}})
+	case "quota": // containers= machines=
+		x.policy(&v1.ChangePolicyRequest{Quotas: []*v1.Quota{{Project: names[0], Containers: int32(set.number(t, "containers", 0)), Machines: int32(set.number(t, "machines", 0))}}})
+	case "no-quota":
+		x.policy(&v1.ChangePolicyRequest{RemoveQuotas: names})
 	case "crash":
 		for _, h := range x.hosts {
 			h.Crash(names[0])
@@ -183,6 +194,20 @@ func (x *script) do(line string) {
 	}
 }
 
+// policy changes what holds for the whole cluster, as a user's request does.
+func (x *script) policy(r *v1.ChangePolicyRequest) {
+	now, _ := store.Get[*v1.Policy](x.st, store.PolicyKey)
+	next, err := policy.Change(now, r)
+	must(x.t, err)
+	if now == nil {
+		next.Meta = &v1.Meta{Id: "policy", Name: store.PolicyKey.Name}
+		_, err = x.st.Create(x.ctx, next)
+		must(x.t, err)
+		return
+	}
+	change(x, store.PolicyKey, func(p *v1.Policy) { p.HostLosses, p.Pools, p.Quotas = next.HostLosses, next.Pools, next.Quotas })
+}
+
 // change edits a record as a user's request does.
 func change[T store.Record](x *script, k store.Key, fn func(T)) {
 	x.t.Helper()
@@ -197,7 +222,8 @@ func change[T store.Record](x *script, k store.Key, fn func(T)) {
 // service makes a service or changes it, as `up` does. Settings: image= replicas=
 // cpu= (thousandths) memory= needs=SERVICE:CONDITION,… restart=POLICY[:RETRIES]
 // check=yes publish=HOST:PORT grace= order= parallel= isolation=metal class=batch spread=
-// volume=NAME min= max= target= (percent of cpu) pressure=
+// volume=NAME min= max= target= (percent of cpu) pressure= pool= covered=no
+// apart=SERVICE:LAYER:AT-MOST near=SERVICE:LAYER zone=
 func (x *script) service(project, name string, set settings) {
 	t := x.t
 	spec := &v1.ContainerSpec{Image: set["image"], Resources: &v1.Resources{CpuMilliReservation: set.number(t, "cpu", 0), MemoryBytesReservation: set.bytes(t, "memory")}}
@@ -207,9 +233,9 @@ func (x *script) service(project, name string, set settings) {
 			spec.DependsOn = append(spec.DependsOn, &v1.Dependency{Service: service, Condition: condition, Required: true})
 		}
 	}
-	if policy, retries, _ := strings.Cut(set["restart"], ":"); policy != "" {
+	if when, retries, _ := strings.Cut(set["restart"], ":"); when != "" {
 		n, _ := strconv.Atoi(retries)
-		spec.Restart = &v1.RestartPolicy{Name: policy, MaxRetries: int32(n)}
+		spec.Restart = &v1.RestartPolicy{Name: when, MaxRetries: int32(n)}
 	}
 	if set["check"] == "yes" {
 		spec.Healthcheck = &v1.HealthCheck{Test: []string{"CMD", "check"}}
@@ -223,6 +249,9 @@ func (x *script) service(project, name string, set settings) {
 	}
 	if set["grace"] != "" {
 		spec.StopGracePeriod = durationpb.New(set.duration(t, "grace"))
+	}
+	if spec.Pool = set["pool"]; set["zone"] != "" {
+		spec.ZoneAffinity = []string{set["zone"]}
 	}
 	if set["class"] == "batch" {
 		spec.WorkClass = v1.WorkClass_WORK_CLASS_BATCH
@@ -238,7 +267,16 @@ func (x *script) service(project, name string, set settings) {
 	fresh := &v1.Service{Meta: &v1.Meta{Project: project, Name: name, Id: "s-" + project + "-" + name, Generation: 1}}
 	fill := func(s *v1.Service) {
 		s.Template, s.Hash, s.Replicas = spec, ServiceHash(spec), int32(set.number(t, "replicas", 1))
-		s.Spread = set["spread"]
+		s.Spread, s.Uncovered, s.Company = set["spread"], set["covered"] == "no", nil
+		for _, key := range []string{"near", "apart"} {
+			if set[key] == "" {
+				continue
+			}
+			words := append(strings.Split(set[key], ":"), "0")
+			n, err := strconv.ParseInt(words[2], 10, 32)
+			must(t, err)
+			s.Company = append(s.Company, &v1.CompanyRule{Service: words[0], Layer: words[1], Near: key == "near", AtMost: int32(n)})
+		}
 		if set["max"] != "" {
 			s.Scale = &v1.ScalePolicy{Min: int32(set.number(t, "min", 1)), Max: int32(set.number(t, "max", 1)), CpuTarget: float64(set.number(t, "target", 0)) / 100,
 				PressureTarget: float64(set.number(t, "pressure", 0))}

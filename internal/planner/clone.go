@@ -38,7 +38,7 @@ func (s *State) Clone() *State {
 	}
 	n.open = cloneBuckets(&s.open, k.host)
 	n.off, n.standing, n.breakers = each(s.off, k.host), each(s.standing, k.host), each(s.breakers, k.host)
-	n.exposed = cloneOrdered(&s.exposed, k.container)
+	n.exposed, n.coveredTo = cloneOrdered(&s.exposed, k.container), s.coveredTo
 	for v, list := range s.users {
 		n.users[v] = each(list, k.container)
 	}

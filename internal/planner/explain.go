@@ -129,6 +129,8 @@ func (e *missed) appendSentence(b []byte) []byte {
 		return e.appendWhole(b)
 	case e.rule == RuleCeiling:
 		return append(e.what.short.appendTo(appends(b, e.who, " was ")), " short at its ceiling"...)
+	case e.rule == RuleFailover:
+		return append(e.what.short.appendTo(appends(b, e.who, " was ")), " short beside what it keeps for the loss of another host"...)
 	default:
 		return append(e.what.short.appendTo(appends(b, e.who, " was ")), " short"...)
 	}
@@ -162,7 +164,13 @@ func (f *finder) nothing() string {
 			case e.count > 1 && e.what.short.zero():
 				text += fmt.Sprintf(" (and %d likewise)", e.count-1)
 			case e.count > 1:
-				text += fmt.Sprintf(" at best, of %s", plural(e.count, e.layer))
+				n := e.count
+				if e.layer == "host" {
+					n = min(n, len(f.d.s.hosts)) // one may be short for growth and for a boot
+				}
+				if n > 1 {
+					text += fmt.Sprintf(" at best, of %s", plural(n, e.layer))
+				}
 			}
 			parts = append(parts, text)
 		case e.layer == "host":
@@ -235,6 +243,11 @@ func (f *finder) remedy() string {
 	if without(func(x *demands) { x.Hosts = nil }); len(saved.Hosts) > 0 {
 		if id := works(); id != "" {
 			return fmt.Sprintf("allow %s too: it has room, and is not one of the hosts asked for", id)
+		}
+	}
+	if without(func(x *demands) { x.Zones = nil }); len(saved.Zones) > 0 {
+		if id := works(); id != "" {
+			return fmt.Sprintf("add a host in zone %s, or allow %s too: it has room, and is in zone %q", strings.Join(saved.Zones, " or "), id, s.hosts[id].Zone)
 		}
 	}
 	if without(func(x *demands) { x.Anti = nil }); len(saved.Anti) > 0 {

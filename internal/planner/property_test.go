@@ -53,8 +53,19 @@ func plansKeepAllRules(t *rapid.T) {
 		"fold":             x.fold,
 		"room":             x.room,
 		"what if":          x.whatIf,
+		"cover":            x.cover,
 		"":                 x.invariants,
 	})
+}
+
+// cover finds standby hosts anew: never fewer containers have theirs afterwards.
+func (x *run) cover(t *rapid.T) {
+	x.t = t
+	_, before := x.s.Survives()
+	n := x.s.Cover(rapid.IntRange(1, 3).Draw(t, "hosts"))
+	if _, after := x.s.Survives(); n != len(after) || n > len(before) {
+		t.Fatalf("%d exposed, says Cover; before %v, after %v", n, before, after)
+	}
 }
 
 type run struct {

@@ -291,6 +291,17 @@ func (s *State) SetPolicy(p Policy) error {
 // Policy is what SetPolicy said last.
 func (s *State) Policy() Policy { return s.policy }
 
+// Covered counts the placed containers of which the guarantee speaks.
+func (s *State) Covered() int {
+	n := 0
+	for _, c := range s.containers {
+		if c.host != nil && s.covered(c) {
+			n++
+		}
+	}
+	return n
+}
+
 // Survives says whether every loss that the policy speaks of has a destination
 // that fits for everything covered, and names the containers that have none.
 func (s *State) Survives() (bool, []string) {

@@ -25,6 +25,7 @@ type State struct {
 	off        []*host             // switched off, by id
 	standing   []*host             // with claims on them, by id
 	exposed    ordered[*container] // covered, and without all their standby hosts
+	coveredTo  string              // id of the host that Cover tried last
 	breakers   []*host             // with broken claims on them, by id
 	policy     Policy
 	pools      map[string]*pool

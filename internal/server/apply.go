@@ -246,7 +246,8 @@ func (d *diff) service(sp *v1.ServiceSpec, old *v1.Service, rename map[string]st
 	} else {
 		n.Meta.Id = "s-" + d.s.ctl.NewID(8)
 	}
-	n.Replicas, n.Labels, n.Scale, n.Spread, n.Ha = sp.Replicas, sp.Labels, sp.Scale, sp.Spread, sp.Ha
+	n.Replicas, n.Labels, n.Scale = sp.Replicas, sp.Labels, sp.Scale
+	n.Spread, n.Company, n.Uncovered = sp.Spread, sp.Company, sp.Uncovered
 	n.Replicas, n.ScaleStatus = control.ScaledReplicas(sp, old)
 	n.UpdateOrder, n.UpdateParallelism, n.ContainerName, n.Stopped = sp.UpdateOrder, sp.UpdateParallelism, sp.ContainerName, r.NoStart
 	d.applied(n, t)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"tandem/api/policy"
 	"tandem/api/scaling"
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control"
@@ -93,8 +94,12 @@ func checkApply(r *v1.ApplyProjectRequest) error {
 			ports[k] = s.Name
 		}
 	}
+	company := policy.Company(r.Services)
 	for _, s := range r.Services {
 		p.at = "service " + s.Name + ": "
+		for _, what := range company[s.Name] {
+			p.add("%s", what)
+		}
 		for _, d := range s.GetTemplate().GetDependsOn() {
 			if services[d.Service] == nil && d.Required {
 				p.add("depends on %q, which is not there", d.Service)

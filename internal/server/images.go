@@ -135,33 +135,88 @@ func (k *images) Pull(ctx context.Context, req *connect.Request[v1.PullImageRequ
 	return st.Err()
 }
 
-// Load implements ImageService.
+// Load implements ImageService: what comes goes to all hosts meant at once, at the pace
+// of the slowest. Progress is the first one's; when one of them fails, the whole does.
 func (k *images) Load(ctx context.Context, in *connect.BidiStream[v1.ImageChunk, v1.LoadProgress]) error {
-	ts, err := k.s.targets(ctx, "")
+	first, err := in.Receive()
+	if err != nil {
+		return fmt.Errorf("load: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	ts, err := k.s.targets(ctx, first.GetOptions().GetHost())
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	st := ts[0].client.LoadImage(ctx)
+	streams := make(map[string]*connect.BidiStreamForClient[v1.ImageChunk, v1.LoadProgress], len(ts))
+	for _, t := range ts {
+		streams[t.id] = t.client.LoadImage(ctx)
+	}
 	go func() {
-		for {
-			m, err := in.Receive()
+		for m := first; ; {
+			for _, t := range ts {
+				if streams[t.id].Send(m) != nil {
+					return // why, it says in its answer
+				}
+			}
+			next, err := in.Receive()
 			if errors.Is(err, io.EOF) {
-				st.CloseRequest()
+				for _, t := range ts {
+					streams[t.id].CloseRequest()
+				}
 				return
 			}
 			if err != nil {
 				cancel() // half an image is none
 				return
 			}
-			if st.Send(m) != nil {
-				return
-			}
+			m = next
 		}
 	}()
-	defer st.CloseResponse()
-	return relay(st, in)
+	var (
+		why  error // the first that failed, which ended the others
+		once sync.Once
+	)
+	var last []*v1.LoadProgress // the first one's, kept until all are done
+	err = each(ts, true, func(t target) error {
+		st := streams[t.id]
+		defer st.CloseResponse()
+		for {
+			m, err := st.Receive()
+			switch {
+			case errors.Is(err, io.EOF):
+				return nil
+			case err != nil:
+				once.Do(func() {
+					why = err
+					if len(ts) > 1 {
+						why = fmt.Errorf("host %s: %w", t.name, err)
+					}
+				})
+				cancel() // the others need not wait for more
+				return err
+			case t.id != ts[0].id:
+			case len(m.Images) > 0:
+				last = append(last, m)
+			default:
+				if err := in.Send(m); err != nil {
+					return err
+				}
+			}
+		}
+	})
+	if why != nil {
+		return why
+	}
+	if err != nil {
+		return err
+	}
+	for _, m := range last {
+		if err := in.Send(m); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Save implements ImageService: from the host named, or the first that has all.

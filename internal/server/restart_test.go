@@ -66,9 +66,11 @@ func TestRestartedServerWaitsForItsAgents(t *testing.T) {
 	eventually(t, "what nobody sees is unknown", func() bool {
 		return b.inspect("q-web-1").Status.State == v1.ContainerState_CONTAINER_STATE_UNKNOWN
 	})
-	later := time.AfterFunc(time.Second, join)
-	defer later.Stop()
-	if err := kill(); err != nil {
+	joined := make(chan struct{})
+	time.AfterFunc(time.Second, func() { defer close(joined); join() })
+	err = kill()
+	<-joined // leave is of the new one
+	if err != nil {
 		t.Error("a host that comes in time:", err)
 	}
 	if out, code := b.exec("q-web-1", "echo", "hello"); code != 0 {

@@ -93,8 +93,34 @@ func TestVolumesImagesSystem(t *testing.T) {
 		t.Error(p, err)
 	}
 	load.CloseResponse()
+	// All hosts get it, or the one that is named.
+	b.join("h-2", nil)
+	for name, on := range map[string]string{"ours": "", "theirs": "h-2"} {
+		load := b.images.Load(ctx)
+		load.Send(&v1.ImageChunk{Kind: &v1.ImageChunk_Options{Options: &v1.LoadOptions{Host: on}}})
+		load.Send(&v1.ImageChunk{Kind: &v1.ImageChunk_Data{Data: []byte(name)}})
+		load.CloseRequest()
+		if p, err := load.Receive(); err != nil || len(p.Images) != 1 {
+			t.Error(name, p, err)
+		}
+		load.CloseResponse()
+	}
+	has := map[string]string{}
+	if il, err := b.images.List(ctx, connect.NewRequest(&v1.ListImagesRequest{})); err == nil {
+		for _, i := range il.Msg.Images {
+			has[i.Names[0]] += i.HostId
+		}
+	}
+	if has["mine"] != "h-1" || has["ours"] != "h-1h-2" || has["theirs"] != "h-2" {
+		t.Error("images on hosts:", has)
+	}
+	for name, on := range map[string]string{"ours": "h-1", "theirs": ""} {
+		if _, err := b.images.Remove(ctx, connect.NewRequest(&v1.RemoveImageRequest{Ref: name, Host: on})); err != nil {
+			t.Error(err)
+		}
+	}
 	il, err := b.images.List(ctx, connect.NewRequest(&v1.ListImagesRequest{}))
-	if err != nil || len(il.Msg.Images) != 2 || il.Msg.Images[0].HostId != "h-1" {
+	if err != nil || len(il.Msg.Images) != 3 {
 		t.Error(il, err)
 	}
 	if _, err := b.images.Remove(ctx, connect.NewRequest(&v1.RemoveImageRequest{Ref: "nope"})); !errdefs.IsNotFound(err) {
@@ -118,7 +144,7 @@ func TestVolumesImagesSystem(t *testing.T) {
 			t.Errorf("no event %q in %v", want, seen)
 		}
 	}
-	if d, err := b.system.Doctor(ctx, connect.NewRequest(&v1.DoctorRequest{})); err != nil || len(d.Msg.Findings) != 1 {
+	if d, err := b.system.Doctor(ctx, connect.NewRequest(&v1.DoctorRequest{})); err != nil || len(d.Msg.Findings) != 2 {
 		t.Error(d, err)
 	}
 }

@@ -164,6 +164,11 @@ func (k *system) Explain(_ context.Context, req *connect.Request[v1.ContainerReq
 	} else {
 		out.Reason = s.ctl.Unplaced(c.Meta.Id)
 	}
+	for _, id := range s.ctl.Standby(c.Meta.Id) {
+		if h, err := store.ByID[*v1.Host](s.store, store.Hosts, id); err == nil {
+			out.Standby = append(out.Standby, h.Meta.Name)
+		}
+	}
 	out.Scale = s.ctl.ScaleOf(c)
 	out.Text = explain(out, s.ctl.WaitsFor(c, s.store.Snapshot()))
 	return connect.NewResponse(out), nil
@@ -194,6 +199,9 @@ func explain(r *v1.ExplainResponse, waits string) string {
 	}
 	if r.Scale != nil {
 		b.WriteString(scaleText(r.Scale))
+	}
+	if len(r.Standby) > 0 {
+		fmt.Fprintf(&b, "When its host is lost it starts again on %s: the room is kept.\n", strings.Join(r.Standby, ", then "))
 	}
 	if r.Reason == nil {
 		return b.String()

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"tandem/api/policy"
 	"tandem/api/secopt"
 	v1 "tandem/api/tandem/v1"
 	"tandem/internal/control"
@@ -90,7 +91,7 @@ func (p *problems) spec(s *v1.ContainerSpec) {
 	for what, n := range map[string]int{"environment variables": len(s.Env), "mounts": len(s.Mounts), "files": len(s.Files), "ports": len(s.Ports),
 		"labels": len(s.Labels), "annotations": len(s.Annotations), "ulimits": len(s.Ulimits), "devices": len(s.Devices), "sysctls": len(s.Sysctls),
 		"extra hosts": len(s.ExtraHosts), "capabilities": len(s.CapAdd) + len(s.CapDrop), "arguments": len(s.GetCommand().GetValues()) + len(s.GetEntrypoint().GetValues()),
-		"dependencies": len(s.DependsOn), "groups": len(s.GroupAdd), "security options": len(s.SecurityOpt), "hosts": len(s.HostAffinity)} {
+		"dependencies": len(s.DependsOn), "groups": len(s.GroupAdd), "security options": len(s.SecurityOpt), "hosts": len(s.HostAffinity), "zones": len(s.ZoneAffinity)} {
 		p.count(what, n, maxList)
 	}
 	for _, e := range s.Env {
@@ -142,6 +143,11 @@ func (p *problems) enums(s *v1.ContainerSpec) {
 	}
 	if !slices.Contains([]string{"", "missing", "always", "never", "if_not_present"}, s.PullPolicy) {
 		p.add("pull policy %.20q is not one of missing, always, never", s.PullPolicy)
+	}
+	if s.Pool != "" {
+		if err := policy.PoolPath(s.Pool); err != nil {
+			p.add("%v", err)
+		}
 	}
 	p.restart(s.Restart, s.AutoRemove)
 	for _, d := range s.DependsOn {

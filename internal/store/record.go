@@ -25,10 +25,14 @@ const (
 	Machines   Kind = "machine"
 	Volumes    Kind = "volume"
 	Hosts      Kind = "host"
+	Policies   Kind = "policy"
 )
 
+// PolicyKey names the one record of its kind.
+var PolicyKey = Key{Kind: Policies, Name: "cluster"}
+
 // Kinds lists all kinds.
-var Kinds = []Kind{Projects, Networks, Services, Containers, Machines, Volumes, Hosts}
+var Kinds = []Kind{Projects, Networks, Services, Containers, Machines, Volumes, Hosts, Policies}
 
 // Record is one of the messages of records.proto.
 type Record interface {
@@ -103,6 +107,8 @@ func KindOf(r Record) Kind {
 		return Volumes
 	case *v1.Host:
 		return Hosts
+	case *v1.Policy:
+		return Policies
 	}
 	return ""
 }
@@ -123,6 +129,8 @@ func newRecord(k Kind) Record {
 		return &v1.Volume{Meta: &v1.Meta{}}
 	case Hosts:
 		return &v1.Host{Meta: &v1.Meta{}}
+	case Policies:
+		return &v1.Policy{Meta: &v1.Meta{}}
 	}
 	return nil
 }

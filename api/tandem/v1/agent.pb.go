@@ -2021,6 +2021,7 @@ type LoadOptions struct {
 	Import        bool                   `protobuf:"varint,1,opt,name=import,proto3" json:"import,omitempty"`  // a root file-system tar
 	Ref           string                 `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`         // name for an import
 	Changes       []string               `protobuf:"bytes,3,rep,name=changes,proto3" json:"changes,omitempty"` // Dockerfile instructions for an import: CMD, ENV, ...
+	Host          string                 `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`       // only there; agents do not look at it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2074,6 +2075,13 @@ func (x *LoadOptions) GetChanges() []string {
 		return x.Changes
 	}
 	return nil
+}
+
+func (x *LoadOptions) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
 }
 
 type LoadProgress struct {
@@ -2819,11 +2827,12 @@ const file_tandem_v1_agent_proto_rawDesc = "" +
 	"ImageChunk\x122\n" +
 	"\aoptions\x18\x01 \x01(\v2\x16.tandem.v1.LoadOptionsH\x00R\aoptions\x12\x14\n" +
 	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
-	"\x04kind\"Q\n" +
+	"\x04kind\"e\n" +
 	"\vLoadOptions\x12\x16\n" +
 	"\x06import\x18\x01 \x01(\bR\x06import\x12\x10\n" +
 	"\x03ref\x18\x02 \x01(\tR\x03ref\x12\x18\n" +
-	"\achanges\x18\x03 \x03(\tR\achanges\"i\n" +
+	"\achanges\x18\x03 \x03(\tR\achanges\x12\x12\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\"i\n" +
 	"\fLoadProgress\x12/\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.tandem.v1.ProgressR\bprogress\x12(\n" +
 	"\x06images\x18\x02 \x03(\v2\x10.tandem.v1.ImageR\x06images\"C\n" +

@@ -189,11 +189,12 @@ type ServiceSpec struct {
 	Labels            map[string]string      `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Scale             *ScalePolicy           `protobuf:"bytes,5,opt,name=scale,proto3" json:"scale,omitempty"`
 	Spread            string                 `protobuf:"bytes,6,opt,name=spread,proto3" json:"spread,omitempty"`
-	Ha                bool                   `protobuf:"varint,7,opt,name=ha,proto3" json:"ha,omitempty"`
 	ContainerName     string                 `protobuf:"bytes,8,opt,name=container_name,json=containerName,proto3" json:"container_name,omitempty"`
 	UpdateOrder       string                 `protobuf:"bytes,9,opt,name=update_order,json=updateOrder,proto3" json:"update_order,omitempty"`
 	UpdateParallelism int32                  `protobuf:"varint,10,opt,name=update_parallelism,json=updateParallelism,proto3" json:"update_parallelism,omitempty"`
 	Profiles          []string               `protobuf:"bytes,11,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	Uncovered         bool                   `protobuf:"varint,12,opt,name=uncovered,proto3" json:"uncovered,omitempty"`
+	Company           []*CompanyRule         `protobuf:"bytes,13,rep,name=company,proto3" json:"company,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -270,13 +271,6 @@ func (x *ServiceSpec) GetSpread() string {
 	return ""
 }
 
-func (x *ServiceSpec) GetHa() bool {
-	if x != nil {
-		return x.Ha
-	}
-	return false
-}
-
 func (x *ServiceSpec) GetContainerName() string {
 	if x != nil {
 		return x.ContainerName
@@ -301,6 +295,20 @@ func (x *ServiceSpec) GetUpdateParallelism() int32 {
 func (x *ServiceSpec) GetProfiles() []string {
 	if x != nil {
 		return x.Profiles
+	}
+	return nil
+}
+
+func (x *ServiceSpec) GetUncovered() bool {
+	if x != nil {
+		return x.Uncovered
+	}
+	return false
+}
+
+func (x *ServiceSpec) GetCompany() []*CompanyRule {
+	if x != nil {
+		return x.Company
 	}
 	return nil
 }
@@ -3428,13 +3436,15 @@ func (x *PlanRequest) GetProject() string {
 }
 
 type ExplainResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Container     *Container             `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
-	Reason        *Reason                `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	Machine       *Machine               `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
-	Host          *Host                  `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
-	Text          string                 `protobuf:"bytes,5,opt,name=text,proto3" json:"text,omitempty"`
-	Scale         *ServiceScale          `protobuf:"bytes,6,opt,name=scale,proto3" json:"scale,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Container *Container             `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
+	Reason    *Reason                `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Machine   *Machine               `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
+	Host      *Host                  `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	Text      string                 `protobuf:"bytes,5,opt,name=text,proto3" json:"text,omitempty"`
+	Scale     *ServiceScale          `protobuf:"bytes,6,opt,name=scale,proto3" json:"scale,omitempty"`
+	// Hosts on which it starts again when its own is lost, by name, first one first.
+	Standby       []string `protobuf:"bytes,7,rep,name=standby,proto3" json:"standby,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3507,6 +3517,13 @@ func (x *ExplainResponse) GetText() string {
 func (x *ExplainResponse) GetScale() *ServiceScale {
 	if x != nil {
 		return x.Scale
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetStandby() []string {
+	if x != nil {
+		return x.Standby
 	}
 	return nil
 }
@@ -4367,6 +4384,333 @@ func (x *CarryOutResponse) GetPlan() *Plan {
 	return nil
 }
 
+type PolicyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyRequest) Reset() {
+	*x = PolicyRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyRequest) ProtoMessage() {}
+
+func (x *PolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyRequest.ProtoReflect.Descriptor instead.
+func (*PolicyRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{73}
+}
+
+// ChangePolicyRequest: pools and quotas are replaced whole; what is removed may be
+// named though it is not there.
+type ChangePolicyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HostLosses    *int32                 `protobuf:"varint,1,opt,name=host_losses,json=hostLosses,proto3,oneof" json:"host_losses,omitempty"`
+	Pools         []*Pool                `protobuf:"bytes,2,rep,name=pools,proto3" json:"pools,omitempty"`
+	RemovePools   []string               `protobuf:"bytes,3,rep,name=remove_pools,json=removePools,proto3" json:"remove_pools,omitempty"`
+	Quotas        []*Quota               `protobuf:"bytes,4,rep,name=quotas,proto3" json:"quotas,omitempty"`
+	RemoveQuotas  []string               `protobuf:"bytes,5,rep,name=remove_quotas,json=removeQuotas,proto3" json:"remove_quotas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangePolicyRequest) Reset() {
+	*x = ChangePolicyRequest{}
+	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangePolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangePolicyRequest) ProtoMessage() {}
+
+func (x *ChangePolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangePolicyRequest.ProtoReflect.Descriptor instead.
+func (*ChangePolicyRequest) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *ChangePolicyRequest) GetHostLosses() int32 {
+	if x != nil && x.HostLosses != nil {
+		return *x.HostLosses
+	}
+	return 0
+}
+
+func (x *ChangePolicyRequest) GetPools() []*Pool {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *ChangePolicyRequest) GetRemovePools() []string {
+	if x != nil {
+		return x.RemovePools
+	}
+	return nil
+}
+
+func (x *ChangePolicyRequest) GetQuotas() []*Quota {
+	if x != nil {
+		return x.Quotas
+	}
+	return nil
+}
+
+func (x *ChangePolicyRequest) GetRemoveQuotas() []string {
+	if x != nil {
+		return x.RemoveQuotas
+	}
+	return nil
+}
+
+type PolicyResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Policy  *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	Pools   []*PoolUse             `protobuf:"bytes,2,rep,name=pools,proto3" json:"pools,omitempty"`      // all that there are, by path
+	Quotas  []*QuotaUse            `protobuf:"bytes,3,rep,name=quotas,proto3" json:"quotas,omitempty"`    // of projects with a quota, by name
+	Covered int32                  `protobuf:"varint,4,opt,name=covered,proto3" json:"covered,omitempty"` // containers with a place kept for the loss of their host
+	// Those that should have one and do not, as PROJECT/NAME, at most 1,000.
+	Exposed       []string `protobuf:"bytes,5,rep,name=exposed,proto3" json:"exposed,omitempty"`
+	ExposedCount  int32    `protobuf:"varint,6,opt,name=exposed_count,json=exposedCount,proto3" json:"exposed_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyResponse) Reset() {
+	*x = PolicyResponse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyResponse) ProtoMessage() {}
+
+func (x *PolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyResponse.ProtoReflect.Descriptor instead.
+func (*PolicyResponse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *PolicyResponse) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *PolicyResponse) GetPools() []*PoolUse {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *PolicyResponse) GetQuotas() []*QuotaUse {
+	if x != nil {
+		return x.Quotas
+	}
+	return nil
+}
+
+func (x *PolicyResponse) GetCovered() int32 {
+	if x != nil {
+		return x.Covered
+	}
+	return 0
+}
+
+func (x *PolicyResponse) GetExposed() []string {
+	if x != nil {
+		return x.Exposed
+	}
+	return nil
+}
+
+func (x *PolicyResponse) GetExposedCount() int32 {
+	if x != nil {
+		return x.ExposedCount
+	}
+	return 0
+}
+
+type PoolUse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pool          *Pool                  `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	Used          *Size                  `protobuf:"bytes,2,opt,name=used,proto3" json:"used,omitempty"`
+	Containers    int32                  `protobuf:"varint,3,opt,name=containers,proto3" json:"containers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoolUse) Reset() {
+	*x = PoolUse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoolUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoolUse) ProtoMessage() {}
+
+func (x *PoolUse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoolUse.ProtoReflect.Descriptor instead.
+func (*PoolUse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *PoolUse) GetPool() *Pool {
+	if x != nil {
+		return x.Pool
+	}
+	return nil
+}
+
+func (x *PoolUse) GetUsed() *Size {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *PoolUse) GetContainers() int32 {
+	if x != nil {
+		return x.Containers
+	}
+	return 0
+}
+
+type QuotaUse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Quota         *Quota                 `protobuf:"bytes,1,opt,name=quota,proto3" json:"quota,omitempty"`
+	Used          *Size                  `protobuf:"bytes,2,opt,name=used,proto3" json:"used,omitempty"`
+	Containers    int32                  `protobuf:"varint,3,opt,name=containers,proto3" json:"containers,omitempty"`
+	Machines      int32                  `protobuf:"varint,4,opt,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuotaUse) Reset() {
+	*x = QuotaUse{}
+	mi := &file_tandem_v1_api_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuotaUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuotaUse) ProtoMessage() {}
+
+func (x *QuotaUse) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_api_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuotaUse.ProtoReflect.Descriptor instead.
+func (*QuotaUse) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *QuotaUse) GetQuota() *Quota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+func (x *QuotaUse) GetUsed() *Size {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *QuotaUse) GetContainers() int32 {
+	if x != nil {
+		return x.Containers
+	}
+	return 0
+}
+
+func (x *QuotaUse) GetMachines() int32 {
+	if x != nil {
+		return x.Machines
+	}
+	return 0
+}
+
 type RecommendRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`   // empty: all
@@ -4379,7 +4723,7 @@ type RecommendRequest struct {
 
 func (x *RecommendRequest) Reset() {
 	*x = RecommendRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	mi := &file_tandem_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4391,7 +4735,7 @@ func (x *RecommendRequest) String() string {
 func (*RecommendRequest) ProtoMessage() {}
 
 func (x *RecommendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[73]
+	mi := &file_tandem_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4404,7 +4748,7 @@ func (x *RecommendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecommendRequest.ProtoReflect.Descriptor instead.
 func (*RecommendRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RecommendRequest) GetProject() string {
@@ -4444,7 +4788,7 @@ type RecommendResponse struct {
 
 func (x *RecommendResponse) Reset() {
 	*x = RecommendResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	mi := &file_tandem_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4456,7 +4800,7 @@ func (x *RecommendResponse) String() string {
 func (*RecommendResponse) ProtoMessage() {}
 
 func (x *RecommendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[74]
+	mi := &file_tandem_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4469,7 +4813,7 @@ func (x *RecommendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecommendResponse.ProtoReflect.Descriptor instead.
 func (*RecommendResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RecommendResponse) GetRecommendations() []*Recommendation {
@@ -4503,7 +4847,7 @@ type Recommendation struct {
 
 func (x *Recommendation) Reset() {
 	*x = Recommendation{}
-	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	mi := &file_tandem_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4515,7 +4859,7 @@ func (x *Recommendation) String() string {
 func (*Recommendation) ProtoMessage() {}
 
 func (x *Recommendation) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[75]
+	mi := &file_tandem_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4528,7 +4872,7 @@ func (x *Recommendation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Recommendation.ProtoReflect.Descriptor instead.
 func (*Recommendation) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Recommendation) GetProject() string {
@@ -4644,7 +4988,7 @@ type ListStateRequest struct {
 
 func (x *ListStateRequest) Reset() {
 	*x = ListStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[76]
+	mi := &file_tandem_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4656,7 +5000,7 @@ func (x *ListStateRequest) String() string {
 func (*ListStateRequest) ProtoMessage() {}
 
 func (x *ListStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[76]
+	mi := &file_tandem_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4669,7 +5013,7 @@ func (x *ListStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStateRequest.ProtoReflect.Descriptor instead.
 func (*ListStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 type ListStateResponse struct {
@@ -4684,7 +5028,7 @@ type ListStateResponse struct {
 
 func (x *ListStateResponse) Reset() {
 	*x = ListStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[77]
+	mi := &file_tandem_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4696,7 +5040,7 @@ func (x *ListStateResponse) String() string {
 func (*ListStateResponse) ProtoMessage() {}
 
 func (x *ListStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[77]
+	mi := &file_tandem_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4709,7 +5053,7 @@ func (x *ListStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStateResponse.ProtoReflect.Descriptor instead.
 func (*ListStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListStateResponse) GetUnreadable() []*UnreadableRecord {
@@ -4754,7 +5098,7 @@ type UnreadableRecord struct {
 
 func (x *UnreadableRecord) Reset() {
 	*x = UnreadableRecord{}
-	mi := &file_tandem_v1_api_proto_msgTypes[78]
+	mi := &file_tandem_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4766,7 +5110,7 @@ func (x *UnreadableRecord) String() string {
 func (*UnreadableRecord) ProtoMessage() {}
 
 func (x *UnreadableRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[78]
+	mi := &file_tandem_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4779,7 +5123,7 @@ func (x *UnreadableRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnreadableRecord.ProtoReflect.Descriptor instead.
 func (*UnreadableRecord) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *UnreadableRecord) GetKind() string {
@@ -4828,7 +5172,7 @@ type PurgeStateRequest struct {
 
 func (x *PurgeStateRequest) Reset() {
 	*x = PurgeStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[79]
+	mi := &file_tandem_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4840,7 +5184,7 @@ func (x *PurgeStateRequest) String() string {
 func (*PurgeStateRequest) ProtoMessage() {}
 
 func (x *PurgeStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[79]
+	mi := &file_tandem_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4853,7 +5197,7 @@ func (x *PurgeStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeStateRequest.ProtoReflect.Descriptor instead.
 func (*PurgeStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *PurgeStateRequest) GetKind() string {
@@ -4885,7 +5229,7 @@ type PurgeStateResponse struct {
 
 func (x *PurgeStateResponse) Reset() {
 	*x = PurgeStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[80]
+	mi := &file_tandem_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4897,7 +5241,7 @@ func (x *PurgeStateResponse) String() string {
 func (*PurgeStateResponse) ProtoMessage() {}
 
 func (x *PurgeStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[80]
+	mi := &file_tandem_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4910,7 +5254,7 @@ func (x *PurgeStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeStateResponse.ProtoReflect.Descriptor instead.
 func (*PurgeStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 type BackupStateRequest struct {
@@ -4921,7 +5265,7 @@ type BackupStateRequest struct {
 
 func (x *BackupStateRequest) Reset() {
 	*x = BackupStateRequest{}
-	mi := &file_tandem_v1_api_proto_msgTypes[81]
+	mi := &file_tandem_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4933,7 +5277,7 @@ func (x *BackupStateRequest) String() string {
 func (*BackupStateRequest) ProtoMessage() {}
 
 func (x *BackupStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[81]
+	mi := &file_tandem_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4946,7 +5290,7 @@ func (x *BackupStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStateRequest.ProtoReflect.Descriptor instead.
 func (*BackupStateRequest) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 type BackupStateResponse struct {
@@ -4958,7 +5302,7 @@ type BackupStateResponse struct {
 
 func (x *BackupStateResponse) Reset() {
 	*x = BackupStateResponse{}
-	mi := &file_tandem_v1_api_proto_msgTypes[82]
+	mi := &file_tandem_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4970,7 +5314,7 @@ func (x *BackupStateResponse) String() string {
 func (*BackupStateResponse) ProtoMessage() {}
 
 func (x *BackupStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[82]
+	mi := &file_tandem_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4983,7 +5327,7 @@ func (x *BackupStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStateResponse.ProtoReflect.Descriptor instead.
 func (*BackupStateResponse) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *BackupStateResponse) GetData() []byte {
@@ -5008,7 +5352,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_tandem_v1_api_proto_msgTypes[83]
+	mi := &file_tandem_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5020,7 +5364,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[83]
+	mi := &file_tandem_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5033,7 +5377,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Plan) GetRevision() uint64 {
@@ -5100,7 +5444,7 @@ type PlanTotals struct {
 
 func (x *PlanTotals) Reset() {
 	*x = PlanTotals{}
-	mi := &file_tandem_v1_api_proto_msgTypes[84]
+	mi := &file_tandem_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5112,7 +5456,7 @@ func (x *PlanTotals) String() string {
 func (*PlanTotals) ProtoMessage() {}
 
 func (x *PlanTotals) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[84]
+	mi := &file_tandem_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5125,7 +5469,7 @@ func (x *PlanTotals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanTotals.ProtoReflect.Descriptor instead.
 func (*PlanTotals) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PlanTotals) GetContainerMoves() int32 {
@@ -5241,7 +5585,7 @@ type PlanAction struct {
 
 func (x *PlanAction) Reset() {
 	*x = PlanAction{}
-	mi := &file_tandem_v1_api_proto_msgTypes[85]
+	mi := &file_tandem_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5253,7 +5597,7 @@ func (x *PlanAction) String() string {
 func (*PlanAction) ProtoMessage() {}
 
 func (x *PlanAction) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[85]
+	mi := &file_tandem_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5266,7 +5610,7 @@ func (x *PlanAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanAction.ProtoReflect.Descriptor instead.
 func (*PlanAction) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *PlanAction) GetKind() string {
@@ -5364,7 +5708,7 @@ type Unplaced struct {
 
 func (x *Unplaced) Reset() {
 	*x = Unplaced{}
-	mi := &file_tandem_v1_api_proto_msgTypes[86]
+	mi := &file_tandem_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5376,7 +5720,7 @@ func (x *Unplaced) String() string {
 func (*Unplaced) ProtoMessage() {}
 
 func (x *Unplaced) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_api_proto_msgTypes[86]
+	mi := &file_tandem_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5389,7 +5733,7 @@ func (x *Unplaced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unplaced.ProtoReflect.Descriptor instead.
 func (*Unplaced) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_tandem_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *Unplaced) GetContainer() string {
@@ -5436,23 +5780,24 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\fconfig_files\x18\f \x03(\tR\vconfigFiles\x123\n" +
 	"\atimeout\x18\r \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x19\n" +
 	"\bno_start\x18\x0e \x01(\bR\anoStart\x12\x1a\n" +
-	"\brevision\x18\x0f \x01(\x04R\brevision\"\xd5\x03\n" +
+	"\brevision\x18\x0f \x01(\x04R\brevision\"\x9b\x04\n" +
 	"\vServiceSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
 	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12:\n" +
 	"\x06labels\x18\x04 \x03(\v2\".tandem.v1.ServiceSpec.LabelsEntryR\x06labels\x12,\n" +
 	"\x05scale\x18\x05 \x01(\v2\x16.tandem.v1.ScalePolicyR\x05scale\x12\x16\n" +
-	"\x06spread\x18\x06 \x01(\tR\x06spread\x12\x0e\n" +
-	"\x02ha\x18\a \x01(\bR\x02ha\x12%\n" +
+	"\x06spread\x18\x06 \x01(\tR\x06spread\x12%\n" +
 	"\x0econtainer_name\x18\b \x01(\tR\rcontainerName\x12!\n" +
 	"\fupdate_order\x18\t \x01(\tR\vupdateOrder\x12-\n" +
 	"\x12update_parallelism\x18\n" +
 	" \x01(\x05R\x11updateParallelism\x12\x1a\n" +
-	"\bprofiles\x18\v \x03(\tR\bprofiles\x1a9\n" +
+	"\bprofiles\x18\v \x03(\tR\bprofiles\x12\x1c\n" +
+	"\tuncovered\x18\f \x01(\bR\tuncovered\x120\n" +
+	"\acompany\x18\r \x03(\v2\x16.tandem.v1.CompanyRuleR\acompany\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xce\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01J\x04\b\a\x10\b\"\xce\x01\n" +
 	"\x0eNetworkRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\binternal\x18\x02 \x01(\bR\binternal\x12\x12\n" +
@@ -5673,14 +6018,15 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x11ListHostsResponse\x12%\n" +
 	"\x05hosts\x18\x01 \x03(\v2\x0f.tandem.v1.HostR\x05hosts\"'\n" +
 	"\vPlanRequest\x12\x18\n" +
-	"\aproject\x18\x01 \x01(\tR\aproject\"\x86\x02\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\"\xa0\x02\n" +
 	"\x0fExplainResponse\x122\n" +
 	"\tcontainer\x18\x01 \x01(\v2\x14.tandem.v1.ContainerR\tcontainer\x12)\n" +
 	"\x06reason\x18\x02 \x01(\v2\x11.tandem.v1.ReasonR\x06reason\x12,\n" +
 	"\amachine\x18\x03 \x01(\v2\x12.tandem.v1.MachineR\amachine\x12#\n" +
 	"\x04host\x18\x04 \x01(\v2\x0f.tandem.v1.HostR\x04host\x12\x12\n" +
 	"\x04text\x18\x05 \x01(\tR\x04text\x12-\n" +
-	"\x05scale\x18\x06 \x01(\v2\x17.tandem.v1.ServiceScaleR\x05scale\"\xb1\x02\n" +
+	"\x05scale\x18\x06 \x01(\v2\x17.tandem.v1.ServiceScaleR\x05scale\x12\x18\n" +
+	"\astandby\x18\a \x03(\tR\astandby\"\xb1\x02\n" +
 	"\n" +
 	"AskRequest\x12<\n" +
 	"\trebalance\x18\x01 \x01(\v2\x1c.tandem.v1.RebalanceQuestionH\x00R\trebalance\x12B\n" +
@@ -5739,7 +6085,36 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\bquestion\x18\x01 \x01(\v2\x15.tandem.v1.AskRequestR\bquestion\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"7\n" +
 	"\x10CarryOutResponse\x12#\n" +
-	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\"r\n" +
+	"\x04plan\x18\x01 \x01(\v2\x0f.tandem.v1.PlanR\x04plan\"\x0f\n" +
+	"\rPolicyRequest\"\xe4\x01\n" +
+	"\x13ChangePolicyRequest\x12$\n" +
+	"\vhost_losses\x18\x01 \x01(\x05H\x00R\n" +
+	"hostLosses\x88\x01\x01\x12%\n" +
+	"\x05pools\x18\x02 \x03(\v2\x0f.tandem.v1.PoolR\x05pools\x12!\n" +
+	"\fremove_pools\x18\x03 \x03(\tR\vremovePools\x12(\n" +
+	"\x06quotas\x18\x04 \x03(\v2\x10.tandem.v1.QuotaR\x06quotas\x12#\n" +
+	"\rremove_quotas\x18\x05 \x03(\tR\fremoveQuotasB\x0e\n" +
+	"\f_host_losses\"\xeb\x01\n" +
+	"\x0ePolicyResponse\x12)\n" +
+	"\x06policy\x18\x01 \x01(\v2\x11.tandem.v1.PolicyR\x06policy\x12(\n" +
+	"\x05pools\x18\x02 \x03(\v2\x12.tandem.v1.PoolUseR\x05pools\x12+\n" +
+	"\x06quotas\x18\x03 \x03(\v2\x13.tandem.v1.QuotaUseR\x06quotas\x12\x18\n" +
+	"\acovered\x18\x04 \x01(\x05R\acovered\x12\x18\n" +
+	"\aexposed\x18\x05 \x03(\tR\aexposed\x12#\n" +
+	"\rexposed_count\x18\x06 \x01(\x05R\fexposedCount\"s\n" +
+	"\aPoolUse\x12#\n" +
+	"\x04pool\x18\x01 \x01(\v2\x0f.tandem.v1.PoolR\x04pool\x12#\n" +
+	"\x04used\x18\x02 \x01(\v2\x0f.tandem.v1.SizeR\x04used\x12\x1e\n" +
+	"\n" +
+	"containers\x18\x03 \x01(\x05R\n" +
+	"containers\"\x93\x01\n" +
+	"\bQuotaUse\x12&\n" +
+	"\x05quota\x18\x01 \x01(\v2\x10.tandem.v1.QuotaR\x05quota\x12#\n" +
+	"\x04used\x18\x02 \x01(\v2\x0f.tandem.v1.SizeR\x04used\x12\x1e\n" +
+	"\n" +
+	"containers\x18\x03 \x01(\x05R\n" +
+	"containers\x12\x1a\n" +
+	"\bmachines\x18\x04 \x01(\x05R\bmachines\"r\n" +
 	"\x10RecommendRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x1a\n" +
 	"\bservices\x18\x02 \x03(\tR\bservices\x12\x14\n" +
@@ -5875,7 +6250,7 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\x04List\x12\x1d.tandem.v1.ListVolumesRequest\x1a\x1e.tandem.v1.ListVolumesResponse\x123\n" +
 	"\aInspect\x12\x15.tandem.v1.VolumeName\x1a\x11.tandem.v1.Volume\x12;\n" +
 	"\x06Create\x12\x1e.tandem.v1.CreateVolumeRequest\x1a\x11.tandem.v1.Volume\x12I\n" +
-	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\xc4\x04\n" +
+	"\x06Remove\x12\x1e.tandem.v1.RemoveVolumeRequest\x1a\x1f.tandem.v1.RemoveVolumeResponse2\xce\x05\n" +
 	"\rSystemService\x12@\n" +
 	"\aVersion\x12\x19.tandem.v1.VersionRequest\x1a\x1a.tandem.v1.VersionResponse\x12=\n" +
 	"\x06Doctor\x12\x18.tandem.v1.DoctorRequest\x1a\x19.tandem.v1.DoctorResponse\x126\n" +
@@ -5885,7 +6260,9 @@ const file_tandem_v1_api_proto_rawDesc = "" +
 	"\aExplain\x12\x1b.tandem.v1.ContainerRequest\x1a\x1a.tandem.v1.ExplainResponse\x124\n" +
 	"\x03Ask\x12\x15.tandem.v1.AskRequest\x1a\x16.tandem.v1.AskResponse\x12C\n" +
 	"\bCarryOut\x12\x1a.tandem.v1.CarryOutRequest\x1a\x1b.tandem.v1.CarryOutResponse\x12F\n" +
-	"\tRecommend\x12\x1b.tandem.v1.RecommendRequest\x1a\x1c.tandem.v1.RecommendResponse2\xe2\x01\n" +
+	"\tRecommend\x12\x1b.tandem.v1.RecommendRequest\x1a\x1c.tandem.v1.RecommendResponse\x12=\n" +
+	"\x06Policy\x12\x18.tandem.v1.PolicyRequest\x1a\x19.tandem.v1.PolicyResponse\x12I\n" +
+	"\fChangePolicy\x12\x1e.tandem.v1.ChangePolicyRequest\x1a\x19.tandem.v1.PolicyResponse2\xe2\x01\n" +
 	"\fStateService\x12A\n" +
 	"\x04List\x12\x1b.tandem.v1.ListStateRequest\x1a\x1c.tandem.v1.ListStateResponse\x12D\n" +
 	"\x05Purge\x12\x1c.tandem.v1.PurgeStateRequest\x1a\x1d.tandem.v1.PurgeStateResponse\x12I\n" +
@@ -5903,7 +6280,7 @@ func file_tandem_v1_api_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_api_proto_rawDescData
 }
 
-var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
+var file_tandem_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
 var file_tandem_v1_api_proto_goTypes = []any{
 	(*ApplyProjectRequest)(nil),      // 0: tandem.v1.ApplyProjectRequest
 	(*ServiceSpec)(nil),              // 1: tandem.v1.ServiceSpec
@@ -5978,260 +6355,283 @@ var file_tandem_v1_api_proto_goTypes = []any{
 	(*HostLoss)(nil),                 // 70: tandem.v1.HostLoss
 	(*CarryOutRequest)(nil),          // 71: tandem.v1.CarryOutRequest
 	(*CarryOutResponse)(nil),         // 72: tandem.v1.CarryOutResponse
-	(*RecommendRequest)(nil),         // 73: tandem.v1.RecommendRequest
-	(*RecommendResponse)(nil),        // 74: tandem.v1.RecommendResponse
-	(*Recommendation)(nil),           // 75: tandem.v1.Recommendation
-	(*ListStateRequest)(nil),         // 76: tandem.v1.ListStateRequest
-	(*ListStateResponse)(nil),        // 77: tandem.v1.ListStateResponse
-	(*UnreadableRecord)(nil),         // 78: tandem.v1.UnreadableRecord
-	(*PurgeStateRequest)(nil),        // 79: tandem.v1.PurgeStateRequest
-	(*PurgeStateResponse)(nil),       // 80: tandem.v1.PurgeStateResponse
-	(*BackupStateRequest)(nil),       // 81: tandem.v1.BackupStateRequest
-	(*BackupStateResponse)(nil),      // 82: tandem.v1.BackupStateResponse
-	(*Plan)(nil),                     // 83: tandem.v1.Plan
-	(*PlanTotals)(nil),               // 84: tandem.v1.PlanTotals
-	(*PlanAction)(nil),               // 85: tandem.v1.PlanAction
-	(*Unplaced)(nil),                 // 86: tandem.v1.Unplaced
-	nil,                              // 87: tandem.v1.ServiceSpec.LabelsEntry
-	nil,                              // 88: tandem.v1.NetworkRequest.LabelsEntry
-	nil,                              // 89: tandem.v1.VolumeRequest.LabelsEntry
-	nil,                              // 90: tandem.v1.ScaleRequest.ReplicasEntry
-	nil,                              // 91: tandem.v1.ListContainersRequest.LabelsEntry
-	nil,                              // 92: tandem.v1.CreateVolumeRequest.LabelsEntry
-	(*durationpb.Duration)(nil),      // 93: google.protobuf.Duration
-	(*ContainerSpec)(nil),            // 94: tandem.v1.ContainerSpec
-	(*ScalePolicy)(nil),              // 95: tandem.v1.ScalePolicy
-	(*Progress)(nil),                 // 96: tandem.v1.Progress
-	(*Container)(nil),                // 97: tandem.v1.Container
-	(*Machine)(nil),                  // 98: tandem.v1.Machine
-	(*Project)(nil),                  // 99: tandem.v1.Project
-	(*Service)(nil),                  // 100: tandem.v1.Service
-	(*ScaleStatus)(nil),              // 101: tandem.v1.ScaleStatus
-	(*Resources)(nil),                // 102: tandem.v1.Resources
-	(*RestartPolicy)(nil),            // 103: tandem.v1.RestartPolicy
-	(*LogOptions)(nil),               // 104: tandem.v1.LogOptions
-	(*Usage)(nil),                    // 105: tandem.v1.Usage
-	(*Process)(nil),                  // 106: tandem.v1.Process
-	(*Size)(nil),                     // 107: tandem.v1.Size
-	(Isolation)(0),                   // 108: tandem.v1.Isolation
-	(*Image)(nil),                    // 109: tandem.v1.Image
-	(*RegistryAuth)(nil),             // 110: tandem.v1.RegistryAuth
-	(*Volume)(nil),                   // 111: tandem.v1.Volume
-	(*timestamppb.Timestamp)(nil),    // 112: google.protobuf.Timestamp
-	(*Host)(nil),                     // 113: tandem.v1.Host
-	(*Reason)(nil),                   // 114: tandem.v1.Reason
-	(*AppliedRecommendation)(nil),    // 115: tandem.v1.AppliedRecommendation
-	(*StreamInput)(nil),              // 116: tandem.v1.StreamInput
-	(*ImageChunk)(nil),               // 117: tandem.v1.ImageChunk
-	(*AgentTagImageRequest)(nil),     // 118: tandem.v1.AgentTagImageRequest
-	(*AgentPruneImagesRequest)(nil),  // 119: tandem.v1.AgentPruneImagesRequest
-	(*DoctorRequest)(nil),            // 120: tandem.v1.DoctorRequest
-	(*StreamOutput)(nil),             // 121: tandem.v1.StreamOutput
-	(*LogEntry)(nil),                 // 122: tandem.v1.LogEntry
-	(*LoadProgress)(nil),             // 123: tandem.v1.LoadProgress
-	(*AgentRemoveImageResponse)(nil), // 124: tandem.v1.AgentRemoveImageResponse
-	(*AgentTagImageResponse)(nil),    // 125: tandem.v1.AgentTagImageResponse
-	(*AgentPruneImagesResponse)(nil), // 126: tandem.v1.AgentPruneImagesResponse
-	(*DoctorResponse)(nil),           // 127: tandem.v1.DoctorResponse
-	(*Event)(nil),                    // 128: tandem.v1.Event
+	(*PolicyRequest)(nil),            // 73: tandem.v1.PolicyRequest
+	(*ChangePolicyRequest)(nil),      // 74: tandem.v1.ChangePolicyRequest
+	(*PolicyResponse)(nil),           // 75: tandem.v1.PolicyResponse
+	(*PoolUse)(nil),                  // 76: tandem.v1.PoolUse
+	(*QuotaUse)(nil),                 // 77: tandem.v1.QuotaUse
+	(*RecommendRequest)(nil),         // 78: tandem.v1.RecommendRequest
+	(*RecommendResponse)(nil),        // 79: tandem.v1.RecommendResponse
+	(*Recommendation)(nil),           // 80: tandem.v1.Recommendation
+	(*ListStateRequest)(nil),         // 81: tandem.v1.ListStateRequest
+	(*ListStateResponse)(nil),        // 82: tandem.v1.ListStateResponse
+	(*UnreadableRecord)(nil),         // 83: tandem.v1.UnreadableRecord
+	(*PurgeStateRequest)(nil),        // 84: tandem.v1.PurgeStateRequest
+	(*PurgeStateResponse)(nil),       // 85: tandem.v1.PurgeStateResponse
+	(*BackupStateRequest)(nil),       // 86: tandem.v1.BackupStateRequest
+	(*BackupStateResponse)(nil),      // 87: tandem.v1.BackupStateResponse
+	(*Plan)(nil),                     // 88: tandem.v1.Plan
+	(*PlanTotals)(nil),               // 89: tandem.v1.PlanTotals
+	(*PlanAction)(nil),               // 90: tandem.v1.PlanAction
+	(*Unplaced)(nil),                 // 91: tandem.v1.Unplaced
+	nil,                              // 92: tandem.v1.ServiceSpec.LabelsEntry
+	nil,                              // 93: tandem.v1.NetworkRequest.LabelsEntry
+	nil,                              // 94: tandem.v1.VolumeRequest.LabelsEntry
+	nil,                              // 95: tandem.v1.ScaleRequest.ReplicasEntry
+	nil,                              // 96: tandem.v1.ListContainersRequest.LabelsEntry
+	nil,                              // 97: tandem.v1.CreateVolumeRequest.LabelsEntry
+	(*durationpb.Duration)(nil),      // 98: google.protobuf.Duration
+	(*ContainerSpec)(nil),            // 99: tandem.v1.ContainerSpec
+	(*ScalePolicy)(nil),              // 100: tandem.v1.ScalePolicy
+	(*CompanyRule)(nil),              // 101: tandem.v1.CompanyRule
+	(*Progress)(nil),                 // 102: tandem.v1.Progress
+	(*Container)(nil),                // 103: tandem.v1.Container
+	(*Machine)(nil),                  // 104: tandem.v1.Machine
+	(*Project)(nil),                  // 105: tandem.v1.Project
+	(*Service)(nil),                  // 106: tandem.v1.Service
+	(*ScaleStatus)(nil),              // 107: tandem.v1.ScaleStatus
+	(*Resources)(nil),                // 108: tandem.v1.Resources
+	(*RestartPolicy)(nil),            // 109: tandem.v1.RestartPolicy
+	(*LogOptions)(nil),               // 110: tandem.v1.LogOptions
+	(*Usage)(nil),                    // 111: tandem.v1.Usage
+	(*Process)(nil),                  // 112: tandem.v1.Process
+	(*Size)(nil),                     // 113: tandem.v1.Size
+	(Isolation)(0),                   // 114: tandem.v1.Isolation
+	(*Image)(nil),                    // 115: tandem.v1.Image
+	(*RegistryAuth)(nil),             // 116: tandem.v1.RegistryAuth
+	(*Volume)(nil),                   // 117: tandem.v1.Volume
+	(*timestamppb.Timestamp)(nil),    // 118: google.protobuf.Timestamp
+	(*Host)(nil),                     // 119: tandem.v1.Host
+	(*Reason)(nil),                   // 120: tandem.v1.Reason
+	(*Pool)(nil),                     // 121: tandem.v1.Pool
+	(*Quota)(nil),                    // 122: tandem.v1.Quota
+	(*Policy)(nil),                   // 123: tandem.v1.Policy
+	(*AppliedRecommendation)(nil),    // 124: tandem.v1.AppliedRecommendation
+	(*StreamInput)(nil),              // 125: tandem.v1.StreamInput
+	(*ImageChunk)(nil),               // 126: tandem.v1.ImageChunk
+	(*AgentTagImageRequest)(nil),     // 127: tandem.v1.AgentTagImageRequest
+	(*AgentPruneImagesRequest)(nil),  // 128: tandem.v1.AgentPruneImagesRequest
+	(*DoctorRequest)(nil),            // 129: tandem.v1.DoctorRequest
+	(*StreamOutput)(nil),             // 130: tandem.v1.StreamOutput
+	(*LogEntry)(nil),                 // 131: tandem.v1.LogEntry
+	(*LoadProgress)(nil),             // 132: tandem.v1.LoadProgress
+	(*AgentRemoveImageResponse)(nil), // 133: tandem.v1.AgentRemoveImageResponse
+	(*AgentTagImageResponse)(nil),    // 134: tandem.v1.AgentTagImageResponse
+	(*AgentPruneImagesResponse)(nil), // 135: tandem.v1.AgentPruneImagesResponse
+	(*DoctorResponse)(nil),           // 136: tandem.v1.DoctorResponse
+	(*Event)(nil),                    // 137: tandem.v1.Event
 }
 var file_tandem_v1_api_proto_depIdxs = []int32{
 	1,   // 0: tandem.v1.ApplyProjectRequest.services:type_name -> tandem.v1.ServiceSpec
 	2,   // 1: tandem.v1.ApplyProjectRequest.networks:type_name -> tandem.v1.NetworkRequest
 	3,   // 2: tandem.v1.ApplyProjectRequest.volumes:type_name -> tandem.v1.VolumeRequest
-	93,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
-	94,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
-	87,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
-	95,  // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
-	88,  // 7: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
-	89,  // 8: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
-	83,  // 9: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
-	96,  // 10: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
-	5,   // 11: tandem.v1.ApplyProjectResponse.result:type_name -> tandem.v1.ApplyResult
-	97,  // 12: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
-	98,  // 13: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
-	93,  // 14: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
-	99,  // 15: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
-	100, // 16: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
-	90,  // 17: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
-	91,  // 18: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
-	97,  // 19: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
-	15,  // 20: tandem.v1.ListContainersResponse.scales:type_name -> tandem.v1.ServiceScale
-	95,  // 21: tandem.v1.ServiceScale.policy:type_name -> tandem.v1.ScalePolicy
-	101, // 22: tandem.v1.ServiceScale.status:type_name -> tandem.v1.ScaleStatus
-	94,  // 23: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
-	17,  // 24: tandem.v1.StartContainersRequest.selector:type_name -> tandem.v1.Selector
-	97,  // 25: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
-	17,  // 26: tandem.v1.StopContainersRequest.selector:type_name -> tandem.v1.Selector
-	93,  // 27: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
-	97,  // 28: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
-	17,  // 29: tandem.v1.RemoveContainersRequest.selector:type_name -> tandem.v1.Selector
-	17,  // 30: tandem.v1.KillContainersRequest.selector:type_name -> tandem.v1.Selector
-	17,  // 31: tandem.v1.PauseContainersRequest.selector:type_name -> tandem.v1.Selector
-	102, // 32: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
-	103, // 33: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
-	97,  // 34: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
-	17,  // 35: tandem.v1.LogsRequest.selector:type_name -> tandem.v1.Selector
-	104, // 36: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
-	17,  // 37: tandem.v1.StatsRequest.selector:type_name -> tandem.v1.Selector
-	34,  // 38: tandem.v1.StatsResponse.rows:type_name -> tandem.v1.StatsRow
-	105, // 39: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
-	106, // 40: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
-	98,  // 41: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
-	107, // 42: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
-	107, // 43: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
-	108, // 44: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
-	107, // 45: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
-	109, // 46: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
-	110, // 47: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
-	111, // 48: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
-	92,  // 49: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
-	46,  // 50: tandem.v1.RemoveVolumeRequest.volume:type_name -> tandem.v1.VolumeName
-	112, // 51: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	112, // 52: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
-	113, // 53: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
-	97,  // 54: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
-	114, // 55: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
-	98,  // 56: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
-	113, // 57: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
-	15,  // 58: tandem.v1.ExplainResponse.scale:type_name -> tandem.v1.ServiceScale
-	61,  // 59: tandem.v1.AskRequest.rebalance:type_name -> tandem.v1.RebalanceQuestion
-	62,  // 60: tandem.v1.AskRequest.consolidate:type_name -> tandem.v1.ConsolidateQuestion
-	63,  // 61: tandem.v1.AskRequest.lose:type_name -> tandem.v1.LoseQuestion
-	64,  // 62: tandem.v1.AskRequest.empty:type_name -> tandem.v1.EmptyQuestion
-	65,  // 63: tandem.v1.AskRequest.what_if:type_name -> tandem.v1.WhatIfQuestion
-	60,  // 64: tandem.v1.RebalanceQuestion.budget:type_name -> tandem.v1.MoveBudget
-	60,  // 65: tandem.v1.ConsolidateQuestion.budget:type_name -> tandem.v1.MoveBudget
-	66,  // 66: tandem.v1.WhatIfQuestion.add_hosts:type_name -> tandem.v1.AddedHosts
-	67,  // 67: tandem.v1.WhatIfQuestion.scale:type_name -> tandem.v1.ServiceReplicas
-	107, // 68: tandem.v1.AddedHosts.size:type_name -> tandem.v1.Size
-	83,  // 69: tandem.v1.AskResponse.plan:type_name -> tandem.v1.Plan
-	69,  // 70: tandem.v1.AskResponse.losses:type_name -> tandem.v1.LossCoverage
-	70,  // 71: tandem.v1.LossCoverage.losses:type_name -> tandem.v1.HostLoss
-	59,  // 72: tandem.v1.CarryOutRequest.question:type_name -> tandem.v1.AskRequest
-	83,  // 73: tandem.v1.CarryOutResponse.plan:type_name -> tandem.v1.Plan
-	75,  // 74: tandem.v1.RecommendResponse.recommendations:type_name -> tandem.v1.Recommendation
-	107, // 75: tandem.v1.Recommendation.reserved:type_name -> tandem.v1.Size
-	107, // 76: tandem.v1.Recommendation.recommended:type_name -> tandem.v1.Size
-	93,  // 77: tandem.v1.Recommendation.span:type_name -> google.protobuf.Duration
-	115, // 78: tandem.v1.Recommendation.in_force:type_name -> tandem.v1.AppliedRecommendation
-	78,  // 79: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
-	85,  // 80: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
-	86,  // 81: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
-	84,  // 82: tandem.v1.Plan.totals:type_name -> tandem.v1.PlanTotals
-	107, // 83: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
-	107, // 84: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
-	114, // 85: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
-	114, // 86: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
-	0,   // 87: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
-	6,   // 88: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
-	7,   // 89: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
-	9,   // 90: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
-	11,  // 91: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
-	13,  // 92: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
-	12,  // 93: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
-	16,  // 94: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
-	18,  // 95: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
-	20,  // 96: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
-	20,  // 97: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
-	22,  // 98: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
-	24,  // 99: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
-	26,  // 100: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
-	28,  // 101: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
-	29,  // 102: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
-	116, // 103: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
-	116, // 104: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
-	31,  // 105: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
-	32,  // 106: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
-	12,  // 107: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
-	37,  // 108: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
-	36,  // 109: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
-	39,  // 110: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
-	36,  // 111: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
-	36,  // 112: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
-	36,  // 113: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
-	40,  // 114: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
-	116, // 115: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
-	41,  // 116: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
-	43,  // 117: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
-	117, // 118: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
-	44,  // 119: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
-	45,  // 120: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
-	118, // 121: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
-	119, // 122: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
-	47,  // 123: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
-	46,  // 124: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
-	49,  // 125: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
-	50,  // 126: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
-	52,  // 127: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
-	120, // 128: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
-	54,  // 129: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
-	55,  // 130: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
-	57,  // 131: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
-	12,  // 132: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
-	59,  // 133: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
-	71,  // 134: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
-	73,  // 135: tandem.v1.SystemService.Recommend:input_type -> tandem.v1.RecommendRequest
-	76,  // 136: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
-	79,  // 137: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
-	81,  // 138: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
-	4,   // 139: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
-	96,  // 140: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
-	8,   // 141: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
-	10,  // 142: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
-	96,  // 143: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
-	14,  // 144: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
-	97,  // 145: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
-	97,  // 146: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
-	19,  // 147: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
-	21,  // 148: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
-	21,  // 149: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
-	23,  // 150: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
-	25,  // 151: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
-	27,  // 152: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
-	97,  // 153: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
-	30,  // 154: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
-	121, // 155: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
-	121, // 156: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
-	122, // 157: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
-	33,  // 158: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
-	35,  // 159: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
-	38,  // 160: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
-	98,  // 161: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
-	98,  // 162: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
-	98,  // 163: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
-	98,  // 164: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
-	36,  // 165: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
-	98,  // 166: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
-	121, // 167: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
-	42,  // 168: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
-	96,  // 169: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
-	123, // 170: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
-	117, // 171: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
-	124, // 172: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
-	125, // 173: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
-	126, // 174: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
-	48,  // 175: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
-	111, // 176: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
-	111, // 177: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
-	51,  // 178: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
-	53,  // 179: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
-	127, // 180: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
-	128, // 181: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
-	56,  // 182: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
-	83,  // 183: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
-	58,  // 184: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
-	68,  // 185: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
-	72,  // 186: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
-	74,  // 187: tandem.v1.SystemService.Recommend:output_type -> tandem.v1.RecommendResponse
-	77,  // 188: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
-	80,  // 189: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
-	82,  // 190: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
-	139, // [139:191] is the sub-list for method output_type
-	87,  // [87:139] is the sub-list for method input_type
-	87,  // [87:87] is the sub-list for extension type_name
-	87,  // [87:87] is the sub-list for extension extendee
-	0,   // [0:87] is the sub-list for field type_name
+	98,  // 3: tandem.v1.ApplyProjectRequest.timeout:type_name -> google.protobuf.Duration
+	99,  // 4: tandem.v1.ServiceSpec.template:type_name -> tandem.v1.ContainerSpec
+	92,  // 5: tandem.v1.ServiceSpec.labels:type_name -> tandem.v1.ServiceSpec.LabelsEntry
+	100, // 6: tandem.v1.ServiceSpec.scale:type_name -> tandem.v1.ScalePolicy
+	101, // 7: tandem.v1.ServiceSpec.company:type_name -> tandem.v1.CompanyRule
+	93,  // 8: tandem.v1.NetworkRequest.labels:type_name -> tandem.v1.NetworkRequest.LabelsEntry
+	94,  // 9: tandem.v1.VolumeRequest.labels:type_name -> tandem.v1.VolumeRequest.LabelsEntry
+	88,  // 10: tandem.v1.ApplyProjectResponse.plan:type_name -> tandem.v1.Plan
+	102, // 11: tandem.v1.ApplyProjectResponse.progress:type_name -> tandem.v1.Progress
+	5,   // 12: tandem.v1.ApplyProjectResponse.result:type_name -> tandem.v1.ApplyResult
+	103, // 13: tandem.v1.ApplyResult.containers:type_name -> tandem.v1.Container
+	104, // 14: tandem.v1.ApplyResult.machines:type_name -> tandem.v1.Machine
+	98,  // 15: tandem.v1.RemoveProjectRequest.timeout:type_name -> google.protobuf.Duration
+	105, // 16: tandem.v1.ListProjectsResponse.projects:type_name -> tandem.v1.Project
+	106, // 17: tandem.v1.ListServicesResponse.services:type_name -> tandem.v1.Service
+	95,  // 18: tandem.v1.ScaleRequest.replicas:type_name -> tandem.v1.ScaleRequest.ReplicasEntry
+	96,  // 19: tandem.v1.ListContainersRequest.labels:type_name -> tandem.v1.ListContainersRequest.LabelsEntry
+	103, // 20: tandem.v1.ListContainersResponse.containers:type_name -> tandem.v1.Container
+	15,  // 21: tandem.v1.ListContainersResponse.scales:type_name -> tandem.v1.ServiceScale
+	100, // 22: tandem.v1.ServiceScale.policy:type_name -> tandem.v1.ScalePolicy
+	107, // 23: tandem.v1.ServiceScale.status:type_name -> tandem.v1.ScaleStatus
+	99,  // 24: tandem.v1.CreateContainerRequest.spec:type_name -> tandem.v1.ContainerSpec
+	17,  // 25: tandem.v1.StartContainersRequest.selector:type_name -> tandem.v1.Selector
+	103, // 26: tandem.v1.StartContainersResponse.containers:type_name -> tandem.v1.Container
+	17,  // 27: tandem.v1.StopContainersRequest.selector:type_name -> tandem.v1.Selector
+	98,  // 28: tandem.v1.StopContainersRequest.timeout:type_name -> google.protobuf.Duration
+	103, // 29: tandem.v1.StopContainersResponse.containers:type_name -> tandem.v1.Container
+	17,  // 30: tandem.v1.RemoveContainersRequest.selector:type_name -> tandem.v1.Selector
+	17,  // 31: tandem.v1.KillContainersRequest.selector:type_name -> tandem.v1.Selector
+	17,  // 32: tandem.v1.PauseContainersRequest.selector:type_name -> tandem.v1.Selector
+	108, // 33: tandem.v1.UpdateContainerRequest.resources:type_name -> tandem.v1.Resources
+	109, // 34: tandem.v1.UpdateContainerRequest.restart:type_name -> tandem.v1.RestartPolicy
+	103, // 35: tandem.v1.WaitContainerResponse.container:type_name -> tandem.v1.Container
+	17,  // 36: tandem.v1.LogsRequest.selector:type_name -> tandem.v1.Selector
+	110, // 37: tandem.v1.LogsRequest.options:type_name -> tandem.v1.LogOptions
+	17,  // 38: tandem.v1.StatsRequest.selector:type_name -> tandem.v1.Selector
+	34,  // 39: tandem.v1.StatsResponse.rows:type_name -> tandem.v1.StatsRow
+	111, // 40: tandem.v1.StatsRow.usage:type_name -> tandem.v1.Usage
+	112, // 41: tandem.v1.TopResponse.processes:type_name -> tandem.v1.Process
+	104, // 42: tandem.v1.ListMachinesResponse.machines:type_name -> tandem.v1.Machine
+	113, // 43: tandem.v1.CreateMachineRequest.size:type_name -> tandem.v1.Size
+	113, // 44: tandem.v1.CreateMachineRequest.ceiling:type_name -> tandem.v1.Size
+	114, // 45: tandem.v1.CreateMachineRequest.isolation:type_name -> tandem.v1.Isolation
+	113, // 46: tandem.v1.ResizeMachineRequest.size:type_name -> tandem.v1.Size
+	115, // 47: tandem.v1.ListImagesResponse.images:type_name -> tandem.v1.Image
+	116, // 48: tandem.v1.PullImageRequest.auth:type_name -> tandem.v1.RegistryAuth
+	117, // 49: tandem.v1.ListVolumesResponse.volumes:type_name -> tandem.v1.Volume
+	97,  // 50: tandem.v1.CreateVolumeRequest.labels:type_name -> tandem.v1.CreateVolumeRequest.LabelsEntry
+	46,  // 51: tandem.v1.RemoveVolumeRequest.volume:type_name -> tandem.v1.VolumeName
+	118, // 52: tandem.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	118, // 53: tandem.v1.EventsRequest.until:type_name -> google.protobuf.Timestamp
+	119, // 54: tandem.v1.ListHostsResponse.hosts:type_name -> tandem.v1.Host
+	103, // 55: tandem.v1.ExplainResponse.container:type_name -> tandem.v1.Container
+	120, // 56: tandem.v1.ExplainResponse.reason:type_name -> tandem.v1.Reason
+	104, // 57: tandem.v1.ExplainResponse.machine:type_name -> tandem.v1.Machine
+	119, // 58: tandem.v1.ExplainResponse.host:type_name -> tandem.v1.Host
+	15,  // 59: tandem.v1.ExplainResponse.scale:type_name -> tandem.v1.ServiceScale
+	61,  // 60: tandem.v1.AskRequest.rebalance:type_name -> tandem.v1.RebalanceQuestion
+	62,  // 61: tandem.v1.AskRequest.consolidate:type_name -> tandem.v1.ConsolidateQuestion
+	63,  // 62: tandem.v1.AskRequest.lose:type_name -> tandem.v1.LoseQuestion
+	64,  // 63: tandem.v1.AskRequest.empty:type_name -> tandem.v1.EmptyQuestion
+	65,  // 64: tandem.v1.AskRequest.what_if:type_name -> tandem.v1.WhatIfQuestion
+	60,  // 65: tandem.v1.RebalanceQuestion.budget:type_name -> tandem.v1.MoveBudget
+	60,  // 66: tandem.v1.ConsolidateQuestion.budget:type_name -> tandem.v1.MoveBudget
+	66,  // 67: tandem.v1.WhatIfQuestion.add_hosts:type_name -> tandem.v1.AddedHosts
+	67,  // 68: tandem.v1.WhatIfQuestion.scale:type_name -> tandem.v1.ServiceReplicas
+	113, // 69: tandem.v1.AddedHosts.size:type_name -> tandem.v1.Size
+	88,  // 70: tandem.v1.AskResponse.plan:type_name -> tandem.v1.Plan
+	69,  // 71: tandem.v1.AskResponse.losses:type_name -> tandem.v1.LossCoverage
+	70,  // 72: tandem.v1.LossCoverage.losses:type_name -> tandem.v1.HostLoss
+	59,  // 73: tandem.v1.CarryOutRequest.question:type_name -> tandem.v1.AskRequest
+	88,  // 74: tandem.v1.CarryOutResponse.plan:type_name -> tandem.v1.Plan
+	121, // 75: tandem.v1.ChangePolicyRequest.pools:type_name -> tandem.v1.Pool
+	122, // 76: tandem.v1.ChangePolicyRequest.quotas:type_name -> tandem.v1.Quota
+	123, // 77: tandem.v1.PolicyResponse.policy:type_name -> tandem.v1.Policy
+	76,  // 78: tandem.v1.PolicyResponse.pools:type_name -> tandem.v1.PoolUse
+	77,  // 79: tandem.v1.PolicyResponse.quotas:type_name -> tandem.v1.QuotaUse
+	121, // 80: tandem.v1.PoolUse.pool:type_name -> tandem.v1.Pool
+	113, // 81: tandem.v1.PoolUse.used:type_name -> tandem.v1.Size
+	122, // 82: tandem.v1.QuotaUse.quota:type_name -> tandem.v1.Quota
+	113, // 83: tandem.v1.QuotaUse.used:type_name -> tandem.v1.Size
+	80,  // 84: tandem.v1.RecommendResponse.recommendations:type_name -> tandem.v1.Recommendation
+	113, // 85: tandem.v1.Recommendation.reserved:type_name -> tandem.v1.Size
+	113, // 86: tandem.v1.Recommendation.recommended:type_name -> tandem.v1.Size
+	98,  // 87: tandem.v1.Recommendation.span:type_name -> google.protobuf.Duration
+	124, // 88: tandem.v1.Recommendation.in_force:type_name -> tandem.v1.AppliedRecommendation
+	83,  // 89: tandem.v1.ListStateResponse.unreadable:type_name -> tandem.v1.UnreadableRecord
+	90,  // 90: tandem.v1.Plan.actions:type_name -> tandem.v1.PlanAction
+	91,  // 91: tandem.v1.Plan.unplaced:type_name -> tandem.v1.Unplaced
+	89,  // 92: tandem.v1.Plan.totals:type_name -> tandem.v1.PlanTotals
+	113, // 93: tandem.v1.PlanAction.from:type_name -> tandem.v1.Size
+	113, // 94: tandem.v1.PlanAction.to:type_name -> tandem.v1.Size
+	120, // 95: tandem.v1.PlanAction.reason:type_name -> tandem.v1.Reason
+	120, // 96: tandem.v1.Unplaced.reason:type_name -> tandem.v1.Reason
+	0,   // 97: tandem.v1.ProjectService.Apply:input_type -> tandem.v1.ApplyProjectRequest
+	6,   // 98: tandem.v1.ProjectService.Remove:input_type -> tandem.v1.RemoveProjectRequest
+	7,   // 99: tandem.v1.ProjectService.List:input_type -> tandem.v1.ListProjectsRequest
+	9,   // 100: tandem.v1.ProjectService.ListServices:input_type -> tandem.v1.ListServicesRequest
+	11,  // 101: tandem.v1.ProjectService.Scale:input_type -> tandem.v1.ScaleRequest
+	13,  // 102: tandem.v1.ContainerService.List:input_type -> tandem.v1.ListContainersRequest
+	12,  // 103: tandem.v1.ContainerService.Inspect:input_type -> tandem.v1.ContainerRequest
+	16,  // 104: tandem.v1.ContainerService.Create:input_type -> tandem.v1.CreateContainerRequest
+	18,  // 105: tandem.v1.ContainerService.Start:input_type -> tandem.v1.StartContainersRequest
+	20,  // 106: tandem.v1.ContainerService.Stop:input_type -> tandem.v1.StopContainersRequest
+	20,  // 107: tandem.v1.ContainerService.Restart:input_type -> tandem.v1.StopContainersRequest
+	22,  // 108: tandem.v1.ContainerService.Remove:input_type -> tandem.v1.RemoveContainersRequest
+	24,  // 109: tandem.v1.ContainerService.Kill:input_type -> tandem.v1.KillContainersRequest
+	26,  // 110: tandem.v1.ContainerService.Pause:input_type -> tandem.v1.PauseContainersRequest
+	28,  // 111: tandem.v1.ContainerService.Update:input_type -> tandem.v1.UpdateContainerRequest
+	29,  // 112: tandem.v1.ContainerService.Wait:input_type -> tandem.v1.WaitContainerRequest
+	125, // 113: tandem.v1.ContainerService.Exec:input_type -> tandem.v1.StreamInput
+	125, // 114: tandem.v1.ContainerService.Attach:input_type -> tandem.v1.StreamInput
+	31,  // 115: tandem.v1.ContainerService.Logs:input_type -> tandem.v1.LogsRequest
+	32,  // 116: tandem.v1.ContainerService.Stats:input_type -> tandem.v1.StatsRequest
+	12,  // 117: tandem.v1.ContainerService.Top:input_type -> tandem.v1.ContainerRequest
+	37,  // 118: tandem.v1.MachineService.List:input_type -> tandem.v1.ListMachinesRequest
+	36,  // 119: tandem.v1.MachineService.Inspect:input_type -> tandem.v1.MachineRequest
+	39,  // 120: tandem.v1.MachineService.Create:input_type -> tandem.v1.CreateMachineRequest
+	36,  // 121: tandem.v1.MachineService.Start:input_type -> tandem.v1.MachineRequest
+	36,  // 122: tandem.v1.MachineService.Stop:input_type -> tandem.v1.MachineRequest
+	36,  // 123: tandem.v1.MachineService.Remove:input_type -> tandem.v1.MachineRequest
+	40,  // 124: tandem.v1.MachineService.Resize:input_type -> tandem.v1.ResizeMachineRequest
+	125, // 125: tandem.v1.MachineService.Console:input_type -> tandem.v1.StreamInput
+	41,  // 126: tandem.v1.ImageService.List:input_type -> tandem.v1.ListImagesRequest
+	43,  // 127: tandem.v1.ImageService.Pull:input_type -> tandem.v1.PullImageRequest
+	126, // 128: tandem.v1.ImageService.Load:input_type -> tandem.v1.ImageChunk
+	44,  // 129: tandem.v1.ImageService.Save:input_type -> tandem.v1.SaveImageRequest
+	45,  // 130: tandem.v1.ImageService.Remove:input_type -> tandem.v1.RemoveImageRequest
+	127, // 131: tandem.v1.ImageService.Tag:input_type -> tandem.v1.AgentTagImageRequest
+	128, // 132: tandem.v1.ImageService.Prune:input_type -> tandem.v1.AgentPruneImagesRequest
+	47,  // 133: tandem.v1.VolumeService.List:input_type -> tandem.v1.ListVolumesRequest
+	46,  // 134: tandem.v1.VolumeService.Inspect:input_type -> tandem.v1.VolumeName
+	49,  // 135: tandem.v1.VolumeService.Create:input_type -> tandem.v1.CreateVolumeRequest
+	50,  // 136: tandem.v1.VolumeService.Remove:input_type -> tandem.v1.RemoveVolumeRequest
+	52,  // 137: tandem.v1.SystemService.Version:input_type -> tandem.v1.VersionRequest
+	129, // 138: tandem.v1.SystemService.Doctor:input_type -> tandem.v1.DoctorRequest
+	54,  // 139: tandem.v1.SystemService.Events:input_type -> tandem.v1.EventsRequest
+	55,  // 140: tandem.v1.SystemService.Hosts:input_type -> tandem.v1.ListHostsRequest
+	57,  // 141: tandem.v1.SystemService.Plan:input_type -> tandem.v1.PlanRequest
+	12,  // 142: tandem.v1.SystemService.Explain:input_type -> tandem.v1.ContainerRequest
+	59,  // 143: tandem.v1.SystemService.Ask:input_type -> tandem.v1.AskRequest
+	71,  // 144: tandem.v1.SystemService.CarryOut:input_type -> tandem.v1.CarryOutRequest
+	78,  // 145: tandem.v1.SystemService.Recommend:input_type -> tandem.v1.RecommendRequest
+	73,  // 146: tandem.v1.SystemService.Policy:input_type -> tandem.v1.PolicyRequest
+	74,  // 147: tandem.v1.SystemService.ChangePolicy:input_type -> tandem.v1.ChangePolicyRequest
+	81,  // 148: tandem.v1.StateService.List:input_type -> tandem.v1.ListStateRequest
+	84,  // 149: tandem.v1.StateService.Purge:input_type -> tandem.v1.PurgeStateRequest
+	86,  // 150: tandem.v1.StateService.Backup:input_type -> tandem.v1.BackupStateRequest
+	4,   // 151: tandem.v1.ProjectService.Apply:output_type -> tandem.v1.ApplyProjectResponse
+	102, // 152: tandem.v1.ProjectService.Remove:output_type -> tandem.v1.Progress
+	8,   // 153: tandem.v1.ProjectService.List:output_type -> tandem.v1.ListProjectsResponse
+	10,  // 154: tandem.v1.ProjectService.ListServices:output_type -> tandem.v1.ListServicesResponse
+	102, // 155: tandem.v1.ProjectService.Scale:output_type -> tandem.v1.Progress
+	14,  // 156: tandem.v1.ContainerService.List:output_type -> tandem.v1.ListContainersResponse
+	103, // 157: tandem.v1.ContainerService.Inspect:output_type -> tandem.v1.Container
+	103, // 158: tandem.v1.ContainerService.Create:output_type -> tandem.v1.Container
+	19,  // 159: tandem.v1.ContainerService.Start:output_type -> tandem.v1.StartContainersResponse
+	21,  // 160: tandem.v1.ContainerService.Stop:output_type -> tandem.v1.StopContainersResponse
+	21,  // 161: tandem.v1.ContainerService.Restart:output_type -> tandem.v1.StopContainersResponse
+	23,  // 162: tandem.v1.ContainerService.Remove:output_type -> tandem.v1.RemoveContainersResponse
+	25,  // 163: tandem.v1.ContainerService.Kill:output_type -> tandem.v1.KillContainersResponse
+	27,  // 164: tandem.v1.ContainerService.Pause:output_type -> tandem.v1.PauseContainersResponse
+	103, // 165: tandem.v1.ContainerService.Update:output_type -> tandem.v1.Container
+	30,  // 166: tandem.v1.ContainerService.Wait:output_type -> tandem.v1.WaitContainerResponse
+	130, // 167: tandem.v1.ContainerService.Exec:output_type -> tandem.v1.StreamOutput
+	130, // 168: tandem.v1.ContainerService.Attach:output_type -> tandem.v1.StreamOutput
+	131, // 169: tandem.v1.ContainerService.Logs:output_type -> tandem.v1.LogEntry
+	33,  // 170: tandem.v1.ContainerService.Stats:output_type -> tandem.v1.StatsResponse
+	35,  // 171: tandem.v1.ContainerService.Top:output_type -> tandem.v1.TopResponse
+	38,  // 172: tandem.v1.MachineService.List:output_type -> tandem.v1.ListMachinesResponse
+	104, // 173: tandem.v1.MachineService.Inspect:output_type -> tandem.v1.Machine
+	104, // 174: tandem.v1.MachineService.Create:output_type -> tandem.v1.Machine
+	104, // 175: tandem.v1.MachineService.Start:output_type -> tandem.v1.Machine
+	104, // 176: tandem.v1.MachineService.Stop:output_type -> tandem.v1.Machine
+	36,  // 177: tandem.v1.MachineService.Remove:output_type -> tandem.v1.MachineRequest
+	104, // 178: tandem.v1.MachineService.Resize:output_type -> tandem.v1.Machine
+	130, // 179: tandem.v1.MachineService.Console:output_type -> tandem.v1.StreamOutput
+	42,  // 180: tandem.v1.ImageService.List:output_type -> tandem.v1.ListImagesResponse
+	102, // 181: tandem.v1.ImageService.Pull:output_type -> tandem.v1.Progress
+	132, // 182: tandem.v1.ImageService.Load:output_type -> tandem.v1.LoadProgress
+	126, // 183: tandem.v1.ImageService.Save:output_type -> tandem.v1.ImageChunk
+	133, // 184: tandem.v1.ImageService.Remove:output_type -> tandem.v1.AgentRemoveImageResponse
+	134, // 185: tandem.v1.ImageService.Tag:output_type -> tandem.v1.AgentTagImageResponse
+	135, // 186: tandem.v1.ImageService.Prune:output_type -> tandem.v1.AgentPruneImagesResponse
+	48,  // 187: tandem.v1.VolumeService.List:output_type -> tandem.v1.ListVolumesResponse
+	117, // 188: tandem.v1.VolumeService.Inspect:output_type -> tandem.v1.Volume
+	117, // 189: tandem.v1.VolumeService.Create:output_type -> tandem.v1.Volume
+	51,  // 190: tandem.v1.VolumeService.Remove:output_type -> tandem.v1.RemoveVolumeResponse
+	53,  // 191: tandem.v1.SystemService.Version:output_type -> tandem.v1.VersionResponse
+	136, // 192: tandem.v1.SystemService.Doctor:output_type -> tandem.v1.DoctorResponse
+	137, // 193: tandem.v1.SystemService.Events:output_type -> tandem.v1.Event
+	56,  // 194: tandem.v1.SystemService.Hosts:output_type -> tandem.v1.ListHostsResponse
+	88,  // 195: tandem.v1.SystemService.Plan:output_type -> tandem.v1.Plan
+	58,  // 196: tandem.v1.SystemService.Explain:output_type -> tandem.v1.ExplainResponse
+	68,  // 197: tandem.v1.SystemService.Ask:output_type -> tandem.v1.AskResponse
+	72,  // 198: tandem.v1.SystemService.CarryOut:output_type -> tandem.v1.CarryOutResponse
+	79,  // 199: tandem.v1.SystemService.Recommend:output_type -> tandem.v1.RecommendResponse
+	75,  // 200: tandem.v1.SystemService.Policy:output_type -> tandem.v1.PolicyResponse
+	75,  // 201: tandem.v1.SystemService.ChangePolicy:output_type -> tandem.v1.PolicyResponse
+	82,  // 202: tandem.v1.StateService.List:output_type -> tandem.v1.ListStateResponse
+	85,  // 203: tandem.v1.StateService.Purge:output_type -> tandem.v1.PurgeStateResponse
+	87,  // 204: tandem.v1.StateService.Backup:output_type -> tandem.v1.BackupStateResponse
+	151, // [151:205] is the sub-list for method output_type
+	97,  // [97:151] is the sub-list for method input_type
+	97,  // [97:97] is the sub-list for extension type_name
+	97,  // [97:97] is the sub-list for extension extendee
+	0,   // [0:97] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_api_proto_init() }
@@ -6254,13 +6654,14 @@ func file_tandem_v1_api_proto_init() {
 		(*AskRequest_Empty)(nil),
 		(*AskRequest_WhatIf)(nil),
 	}
+	file_tandem_v1_api_proto_msgTypes[74].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_api_proto_rawDesc), len(file_tandem_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   93,
+			NumMessages:   98,
 			NumExtensions: 0,
 			NumServices:   7,
 		},

@@ -291,11 +291,12 @@ type Service struct {
 	UpdateOrder       string                 `protobuf:"bytes,8,opt,name=update_order,json=updateOrder,proto3" json:"update_order,omitempty"` // "stop-first" (default) or "start-first"
 	UpdateParallelism int32                  `protobuf:"varint,9,opt,name=update_parallelism,json=updateParallelism,proto3" json:"update_parallelism,omitempty"`
 	OneOff            bool                   `protobuf:"varint,10,opt,name=one_off,json=oneOff,proto3" json:"one_off,omitempty"`
-	Ha                bool                   `protobuf:"varint,11,opt,name=ha,proto3" json:"ha,omitempty"`
 	Stopped           bool                   `protobuf:"varint,12,opt,name=stopped,proto3" json:"stopped,omitempty"`                                 // intent of `tandem stop`
 	ContainerName     string                 `protobuf:"bytes,13,opt,name=container_name,json=containerName,proto3" json:"container_name,omitempty"` // fixed name of its only container; empty = project-service-N
 	ScaleStatus       *ScaleStatus           `protobuf:"bytes,14,opt,name=scale_status,json=scaleStatus,proto3" json:"scale_status,omitempty"`       // with scale: written by the server
 	Applied           *AppliedRecommendation `protobuf:"bytes,15,opt,name=applied,proto3" json:"applied,omitempty"`                                  // in template already
+	Uncovered         bool                   `protobuf:"varint,16,opt,name=uncovered,proto3" json:"uncovered,omitempty"`                             // no place is kept for the loss of its host
+	Company           []*CompanyRule         `protobuf:"bytes,17,rep,name=company,proto3" json:"company,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -400,13 +401,6 @@ func (x *Service) GetOneOff() bool {
 	return false
 }
 
-func (x *Service) GetHa() bool {
-	if x != nil {
-		return x.Ha
-	}
-	return false
-}
-
 func (x *Service) GetStopped() bool {
 	if x != nil {
 		return x.Stopped
@@ -435,6 +429,90 @@ func (x *Service) GetApplied() *AppliedRecommendation {
 	return nil
 }
 
+func (x *Service) GetUncovered() bool {
+	if x != nil {
+		return x.Uncovered
+	}
+	return false
+}
+
+func (x *Service) GetCompany() []*CompanyRule {
+	if x != nil {
+		return x.Company
+	}
+	return nil
+}
+
+// CompanyRule says which other service (or which replicas of its own) a service's
+// containers must or must not have beside them.
+type CompanyRule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`              // of the same project
+	Layer         string                 `protobuf:"bytes,2,opt,name=layer,proto3" json:"layer,omitempty"`                  // "machine", "host" or "zone": how near counts as beside
+	Near          bool                   `protobuf:"varint,3,opt,name=near,proto3" json:"near,omitempty"`                   // one of them must be beside; else they must stay apart
+	AtMost        int32                  `protobuf:"varint,4,opt,name=at_most,json=atMost,proto3" json:"at_most,omitempty"` // apart: so many may be beside nevertheless
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CompanyRule) Reset() {
+	*x = CompanyRule{}
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CompanyRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CompanyRule) ProtoMessage() {}
+
+func (x *CompanyRule) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CompanyRule.ProtoReflect.Descriptor instead.
+func (*CompanyRule) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *CompanyRule) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *CompanyRule) GetLayer() string {
+	if x != nil {
+		return x.Layer
+	}
+	return ""
+}
+
+func (x *CompanyRule) GetNear() bool {
+	if x != nil {
+		return x.Near
+	}
+	return false
+}
+
+func (x *CompanyRule) GetAtMost() int32 {
+	if x != nil {
+		return x.AtMost
+	}
+	return 0
+}
+
 // AppliedRecommendation is what a service reserves in the place of what its Compose
 // file says, until the file says something else.
 type AppliedRecommendation struct {
@@ -448,7 +526,7 @@ type AppliedRecommendation struct {
 
 func (x *AppliedRecommendation) Reset() {
 	*x = AppliedRecommendation{}
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -460,7 +538,7 @@ func (x *AppliedRecommendation) String() string {
 func (*AppliedRecommendation) ProtoMessage() {}
 
 func (x *AppliedRecommendation) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[4]
+	mi := &file_tandem_v1_records_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -473,7 +551,7 @@ func (x *AppliedRecommendation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppliedRecommendation.ProtoReflect.Descriptor instead.
 func (*AppliedRecommendation) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{4}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *AppliedRecommendation) GetReserved() *Size {
@@ -510,7 +588,7 @@ type ScaleStatus struct {
 
 func (x *ScaleStatus) Reset() {
 	*x = ScaleStatus{}
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +600,7 @@ func (x *ScaleStatus) String() string {
 func (*ScaleStatus) ProtoMessage() {}
 
 func (x *ScaleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[5]
+	mi := &file_tandem_v1_records_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +613,7 @@ func (x *ScaleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScaleStatus.ProtoReflect.Descriptor instead.
 func (*ScaleStatus) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{5}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ScaleStatus) GetFrom() int32 {
@@ -579,7 +657,7 @@ type ScalePolicy struct {
 
 func (x *ScalePolicy) Reset() {
 	*x = ScalePolicy{}
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -591,7 +669,7 @@ func (x *ScalePolicy) String() string {
 func (*ScalePolicy) ProtoMessage() {}
 
 func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[6]
+	mi := &file_tandem_v1_records_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -604,7 +682,7 @@ func (x *ScalePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScalePolicy.ProtoReflect.Descriptor instead.
 func (*ScalePolicy) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{6}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ScalePolicy) GetMin() int32 {
@@ -671,7 +749,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +761,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[7]
+	mi := &file_tandem_v1_records_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +774,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{7}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Container) GetMeta() *Meta {
@@ -823,7 +901,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +913,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[8]
+	mi := &file_tandem_v1_records_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +926,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{8}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Assignment) GetHostId() string {
@@ -919,7 +997,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +1009,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[9]
+	mi := &file_tandem_v1_records_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,7 +1022,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{9}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Reason) GetSummary() string {
@@ -984,7 +1062,7 @@ type Option struct {
 
 func (x *Option) Reset() {
 	*x = Option{}
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1074,7 @@ func (x *Option) String() string {
 func (*Option) ProtoMessage() {}
 
 func (x *Option) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[10]
+	mi := &file_tandem_v1_records_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1087,7 @@ func (x *Option) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Option.ProtoReflect.Descriptor instead.
 func (*Option) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{10}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Option) GetAction() string {
@@ -1080,7 +1158,7 @@ type Exclusion struct {
 
 func (x *Exclusion) Reset() {
 	*x = Exclusion{}
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1092,7 +1170,7 @@ func (x *Exclusion) String() string {
 func (*Exclusion) ProtoMessage() {}
 
 func (x *Exclusion) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[11]
+	mi := &file_tandem_v1_records_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1105,7 +1183,7 @@ func (x *Exclusion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exclusion.ProtoReflect.Descriptor instead.
 func (*Exclusion) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{11}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Exclusion) GetRule() string {
@@ -1158,7 +1236,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1248,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[12]
+	mi := &file_tandem_v1_records_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1261,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{12}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Machine) GetMeta() *Meta {
@@ -1292,7 +1370,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_tandem_v1_records_proto_msgTypes[13]
+	mi := &file_tandem_v1_records_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1304,7 +1382,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[13]
+	mi := &file_tandem_v1_records_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1317,7 +1395,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{13}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Volume) GetMeta() *Meta {
@@ -1383,7 +1461,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_tandem_v1_records_proto_msgTypes[14]
+	mi := &file_tandem_v1_records_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1473,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_tandem_v1_records_proto_msgTypes[14]
+	mi := &file_tandem_v1_records_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1486,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_tandem_v1_records_proto_rawDescGZIP(), []int{14}
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Host) GetMeta() *Meta {
@@ -1446,6 +1524,216 @@ func (x *Host) GetCordoned() bool {
 	return false
 }
 
+// Policy is what holds for the whole cluster: one record, with the name "cluster".
+type Policy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Meta  *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	// How many hosts may be lost at the same time with a place kept for all that can
+	// start again elsewhere: 0, 1 or 2.
+	HostLosses    int32    `protobuf:"varint,2,opt,name=host_losses,json=hostLosses,proto3" json:"host_losses,omitempty"`
+	Pools         []*Pool  `protobuf:"bytes,3,rep,name=pools,proto3" json:"pools,omitempty"`   // by path
+	Quotas        []*Quota `protobuf:"bytes,4,rep,name=quotas,proto3" json:"quotas,omitempty"` // by project
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Policy) Reset() {
+	*x = Policy{}
+	mi := &file_tandem_v1_records_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Policy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Policy) ProtoMessage() {}
+
+func (x *Policy) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Policy.ProtoReflect.Descriptor instead.
+func (*Policy) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Policy) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *Policy) GetHostLosses() int32 {
+	if x != nil {
+		return x.HostLosses
+	}
+	return 0
+}
+
+func (x *Policy) GetPools() []*Pool {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *Policy) GetQuotas() []*Quota {
+	if x != nil {
+		return x.Quotas
+	}
+	return nil
+}
+
+// Pool is a share of the cluster, nested by its path: what runs in "/a/b" counts in
+// "/a", too.
+type Pool struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Reservation   *Size                  `protobuf:"bytes,2,opt,name=reservation,proto3" json:"reservation,omitempty"` // kept for what is in the pool; a dimension of 0: none
+	Limit         *Size                  `protobuf:"bytes,3,opt,name=limit,proto3" json:"limit,omitempty"`             // most that is reserved in it; a dimension of 0: no limit
+	Shares        int64                  `protobuf:"varint,4,opt,name=shares,proto3" json:"shares,omitempty"`          // weight against its siblings when not all fits; 0: 1000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pool) Reset() {
+	*x = Pool{}
+	mi := &file_tandem_v1_records_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pool) ProtoMessage() {}
+
+func (x *Pool) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pool.ProtoReflect.Descriptor instead.
+func (*Pool) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Pool) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Pool) GetReservation() *Size {
+	if x != nil {
+		return x.Reservation
+	}
+	return nil
+}
+
+func (x *Pool) GetLimit() *Size {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+func (x *Pool) GetShares() int64 {
+	if x != nil {
+		return x.Shares
+	}
+	return 0
+}
+
+// Quota bounds a project. What is 0 does not bound.
+type Quota struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Reserved      *Size                  `protobuf:"bytes,2,opt,name=reserved,proto3" json:"reserved,omitempty"`      // sum of what its containers reserve
+	Containers    int32                  `protobuf:"varint,3,opt,name=containers,proto3" json:"containers,omitempty"` // that have a place
+	Machines      int32                  `protobuf:"varint,4,opt,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quota) Reset() {
+	*x = Quota{}
+	mi := &file_tandem_v1_records_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quota) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quota) ProtoMessage() {}
+
+func (x *Quota) ProtoReflect() protoreflect.Message {
+	mi := &file_tandem_v1_records_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quota.ProtoReflect.Descriptor instead.
+func (*Quota) Descriptor() ([]byte, []int) {
+	return file_tandem_v1_records_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Quota) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *Quota) GetReserved() *Size {
+	if x != nil {
+		return x.Reserved
+	}
+	return nil
+}
+
+func (x *Quota) GetContainers() int32 {
+	if x != nil {
+		return x.Containers
+	}
+	return 0
+}
+
+func (x *Quota) GetMachines() int32 {
+	if x != nil {
+		return x.Machines
+	}
+	return 0
+}
+
 var File_tandem_v1_records_proto protoreflect.FileDescriptor
 
 const file_tandem_v1_records_proto_rawDesc = "" +
@@ -1481,7 +1769,7 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v2\x1e.tandem.v1.Network.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x80\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc6\x05\n" +
 	"\aService\x12#\n" +
 	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x124\n" +
 	"\btemplate\x18\x02 \x01(\v2\x18.tandem.v1.ContainerSpecR\btemplate\x12\x1a\n" +
@@ -1493,15 +1781,21 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\fupdate_order\x18\b \x01(\tR\vupdateOrder\x12-\n" +
 	"\x12update_parallelism\x18\t \x01(\x05R\x11updateParallelism\x12\x17\n" +
 	"\aone_off\x18\n" +
-	" \x01(\bR\x06oneOff\x12\x0e\n" +
-	"\x02ha\x18\v \x01(\bR\x02ha\x12\x18\n" +
+	" \x01(\bR\x06oneOff\x12\x18\n" +
 	"\astopped\x18\f \x01(\bR\astopped\x12%\n" +
 	"\x0econtainer_name\x18\r \x01(\tR\rcontainerName\x129\n" +
 	"\fscale_status\x18\x0e \x01(\v2\x16.tandem.v1.ScaleStatusR\vscaleStatus\x12:\n" +
-	"\aapplied\x18\x0f \x01(\v2 .tandem.v1.AppliedRecommendationR\aapplied\x1a9\n" +
+	"\aapplied\x18\x0f \x01(\v2 .tandem.v1.AppliedRecommendationR\aapplied\x12\x1c\n" +
+	"\tuncovered\x18\x10 \x01(\bR\tuncovered\x120\n" +
+	"\acompany\x18\x11 \x03(\v2\x16.tandem.v1.CompanyRuleR\acompany\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa4\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01J\x04\b\v\x10\f\"j\n" +
+	"\vCompanyRule\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x14\n" +
+	"\x05layer\x18\x02 \x01(\tR\x05layer\x12\x12\n" +
+	"\x04near\x18\x03 \x01(\bR\x04near\x12\x17\n" +
+	"\aat_most\x18\x04 \x01(\x05R\x06atMost\"\xa4\x01\n" +
 	"\x15AppliedRecommendation\x12+\n" +
 	"\breserved\x18\x01 \x01(\v2\x0f.tandem.v1.SizeR\breserved\x122\n" +
 	"\trequested\x18\x02 \x01(\v2\x14.tandem.v1.ResourcesR\trequested\x12*\n" +
@@ -1607,7 +1901,25 @@ const file_tandem_v1_records_proto_rawDesc = "" +
 	"\x05facts\x18\x02 \x01(\v2\x14.tandem.v1.HostFactsR\x05facts\x12\x1c\n" +
 	"\tconnected\x18\x03 \x01(\bR\tconnected\x127\n" +
 	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x1a\n" +
-	"\bcordoned\x18\x05 \x01(\bR\bcordonedB\x1fZ\x1dtandem/api/tandem/v1;tandemv1b\x06proto3"
+	"\bcordoned\x18\x05 \x01(\bR\bcordoned\"\x9f\x01\n" +
+	"\x06Policy\x12#\n" +
+	"\x04meta\x18\x01 \x01(\v2\x0f.tandem.v1.MetaR\x04meta\x12\x1f\n" +
+	"\vhost_losses\x18\x02 \x01(\x05R\n" +
+	"hostLosses\x12%\n" +
+	"\x05pools\x18\x03 \x03(\v2\x0f.tandem.v1.PoolR\x05pools\x12(\n" +
+	"\x06quotas\x18\x04 \x03(\v2\x10.tandem.v1.QuotaR\x06quotas\"\x8c\x01\n" +
+	"\x04Pool\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x121\n" +
+	"\vreservation\x18\x02 \x01(\v2\x0f.tandem.v1.SizeR\vreservation\x12%\n" +
+	"\x05limit\x18\x03 \x01(\v2\x0f.tandem.v1.SizeR\x05limit\x12\x16\n" +
+	"\x06shares\x18\x04 \x01(\x03R\x06shares\"\x8a\x01\n" +
+	"\x05Quota\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12+\n" +
+	"\breserved\x18\x02 \x01(\v2\x0f.tandem.v1.SizeR\breserved\x12\x1e\n" +
+	"\n" +
+	"containers\x18\x03 \x01(\x05R\n" +
+	"containers\x12\x1a\n" +
+	"\bmachines\x18\x04 \x01(\x05R\bmachinesB\x1fZ\x1dtandem/api/tandem/v1;tandemv1b\x06proto3"
 
 var (
 	file_tandem_v1_records_proto_rawDescOnce sync.Once
@@ -1621,87 +1933,98 @@ func file_tandem_v1_records_proto_rawDescGZIP() []byte {
 	return file_tandem_v1_records_proto_rawDescData
 }
 
-var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_tandem_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_tandem_v1_records_proto_goTypes = []any{
 	(*Meta)(nil),                  // 0: tandem.v1.Meta
 	(*Project)(nil),               // 1: tandem.v1.Project
 	(*Network)(nil),               // 2: tandem.v1.Network
 	(*Service)(nil),               // 3: tandem.v1.Service
-	(*AppliedRecommendation)(nil), // 4: tandem.v1.AppliedRecommendation
-	(*ScaleStatus)(nil),           // 5: tandem.v1.ScaleStatus
-	(*ScalePolicy)(nil),           // 6: tandem.v1.ScalePolicy
-	(*Container)(nil),             // 7: tandem.v1.Container
-	(*Assignment)(nil),            // 8: tandem.v1.Assignment
-	(*Reason)(nil),                // 9: tandem.v1.Reason
-	(*Option)(nil),                // 10: tandem.v1.Option
-	(*Exclusion)(nil),             // 11: tandem.v1.Exclusion
-	(*Machine)(nil),               // 12: tandem.v1.Machine
-	(*Volume)(nil),                // 13: tandem.v1.Volume
-	(*Host)(nil),                  // 14: tandem.v1.Host
-	nil,                           // 15: tandem.v1.Project.LabelsEntry
-	nil,                           // 16: tandem.v1.Network.LabelsEntry
-	nil,                           // 17: tandem.v1.Service.LabelsEntry
-	nil,                           // 18: tandem.v1.Option.TermsEntry
-	nil,                           // 19: tandem.v1.Volume.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
-	(*ContainerSpec)(nil),         // 21: tandem.v1.ContainerSpec
-	(*Size)(nil),                  // 22: tandem.v1.Size
-	(*Resources)(nil),             // 23: tandem.v1.Resources
-	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
-	(*ContainerStatus)(nil),       // 25: tandem.v1.ContainerStatus
-	(*PortMapping)(nil),           // 26: tandem.v1.PortMapping
-	(*NetworkAddress)(nil),        // 27: tandem.v1.NetworkAddress
-	(Isolation)(0),                // 28: tandem.v1.Isolation
-	(*MachineStatus)(nil),         // 29: tandem.v1.MachineStatus
-	(*VolumeStatus)(nil),          // 30: tandem.v1.VolumeStatus
-	(*HostFacts)(nil),             // 31: tandem.v1.HostFacts
+	(*CompanyRule)(nil),           // 4: tandem.v1.CompanyRule
+	(*AppliedRecommendation)(nil), // 5: tandem.v1.AppliedRecommendation
+	(*ScaleStatus)(nil),           // 6: tandem.v1.ScaleStatus
+	(*ScalePolicy)(nil),           // 7: tandem.v1.ScalePolicy
+	(*Container)(nil),             // 8: tandem.v1.Container
+	(*Assignment)(nil),            // 9: tandem.v1.Assignment
+	(*Reason)(nil),                // 10: tandem.v1.Reason
+	(*Option)(nil),                // 11: tandem.v1.Option
+	(*Exclusion)(nil),             // 12: tandem.v1.Exclusion
+	(*Machine)(nil),               // 13: tandem.v1.Machine
+	(*Volume)(nil),                // 14: tandem.v1.Volume
+	(*Host)(nil),                  // 15: tandem.v1.Host
+	(*Policy)(nil),                // 16: tandem.v1.Policy
+	(*Pool)(nil),                  // 17: tandem.v1.Pool
+	(*Quota)(nil),                 // 18: tandem.v1.Quota
+	nil,                           // 19: tandem.v1.Project.LabelsEntry
+	nil,                           // 20: tandem.v1.Network.LabelsEntry
+	nil,                           // 21: tandem.v1.Service.LabelsEntry
+	nil,                           // 22: tandem.v1.Option.TermsEntry
+	nil,                           // 23: tandem.v1.Volume.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*ContainerSpec)(nil),         // 25: tandem.v1.ContainerSpec
+	(*Size)(nil),                  // 26: tandem.v1.Size
+	(*Resources)(nil),             // 27: tandem.v1.Resources
+	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
+	(*ContainerStatus)(nil),       // 29: tandem.v1.ContainerStatus
+	(*PortMapping)(nil),           // 30: tandem.v1.PortMapping
+	(*NetworkAddress)(nil),        // 31: tandem.v1.NetworkAddress
+	(Isolation)(0),                // 32: tandem.v1.Isolation
+	(*MachineStatus)(nil),         // 33: tandem.v1.MachineStatus
+	(*VolumeStatus)(nil),          // 34: tandem.v1.VolumeStatus
+	(*HostFacts)(nil),             // 35: tandem.v1.HostFacts
 }
 var file_tandem_v1_records_proto_depIdxs = []int32{
-	20, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
+	24, // 0: tandem.v1.Meta.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 1: tandem.v1.Project.meta:type_name -> tandem.v1.Meta
-	15, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
+	19, // 2: tandem.v1.Project.labels:type_name -> tandem.v1.Project.LabelsEntry
 	0,  // 3: tandem.v1.Network.meta:type_name -> tandem.v1.Meta
-	16, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
+	20, // 4: tandem.v1.Network.labels:type_name -> tandem.v1.Network.LabelsEntry
 	0,  // 5: tandem.v1.Service.meta:type_name -> tandem.v1.Meta
-	21, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
-	17, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
-	6,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
-	5,  // 9: tandem.v1.Service.scale_status:type_name -> tandem.v1.ScaleStatus
-	4,  // 10: tandem.v1.Service.applied:type_name -> tandem.v1.AppliedRecommendation
-	22, // 11: tandem.v1.AppliedRecommendation.reserved:type_name -> tandem.v1.Size
-	23, // 12: tandem.v1.AppliedRecommendation.requested:type_name -> tandem.v1.Resources
-	20, // 13: tandem.v1.AppliedRecommendation.at:type_name -> google.protobuf.Timestamp
-	20, // 14: tandem.v1.ScaleStatus.at:type_name -> google.protobuf.Timestamp
-	0,  // 15: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
-	21, // 16: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
-	24, // 17: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
-	8,  // 18: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
-	25, // 19: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
-	9,  // 20: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
-	20, // 21: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
-	26, // 22: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
-	27, // 23: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
-	10, // 24: tandem.v1.Reason.options:type_name -> tandem.v1.Option
-	11, // 25: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
-	18, // 26: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
-	0,  // 27: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
-	28, // 28: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
-	22, // 29: tandem.v1.Machine.size:type_name -> tandem.v1.Size
-	22, // 30: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
-	29, // 31: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
-	9,  // 32: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
-	22, // 33: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
-	0,  // 34: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
-	19, // 35: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
-	30, // 36: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
-	0,  // 37: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
-	31, // 38: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
-	20, // 39: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
-	40, // [40:40] is the sub-list for method output_type
-	40, // [40:40] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	25, // 6: tandem.v1.Service.template:type_name -> tandem.v1.ContainerSpec
+	21, // 7: tandem.v1.Service.labels:type_name -> tandem.v1.Service.LabelsEntry
+	7,  // 8: tandem.v1.Service.scale:type_name -> tandem.v1.ScalePolicy
+	6,  // 9: tandem.v1.Service.scale_status:type_name -> tandem.v1.ScaleStatus
+	5,  // 10: tandem.v1.Service.applied:type_name -> tandem.v1.AppliedRecommendation
+	4,  // 11: tandem.v1.Service.company:type_name -> tandem.v1.CompanyRule
+	26, // 12: tandem.v1.AppliedRecommendation.reserved:type_name -> tandem.v1.Size
+	27, // 13: tandem.v1.AppliedRecommendation.requested:type_name -> tandem.v1.Resources
+	24, // 14: tandem.v1.AppliedRecommendation.at:type_name -> google.protobuf.Timestamp
+	24, // 15: tandem.v1.ScaleStatus.at:type_name -> google.protobuf.Timestamp
+	0,  // 16: tandem.v1.Container.meta:type_name -> tandem.v1.Meta
+	25, // 17: tandem.v1.Container.spec:type_name -> tandem.v1.ContainerSpec
+	28, // 18: tandem.v1.Container.stop_timeout:type_name -> google.protobuf.Duration
+	9,  // 19: tandem.v1.Container.assignment:type_name -> tandem.v1.Assignment
+	29, // 20: tandem.v1.Container.status:type_name -> tandem.v1.ContainerStatus
+	10, // 21: tandem.v1.Assignment.reason:type_name -> tandem.v1.Reason
+	24, // 22: tandem.v1.Assignment.at:type_name -> google.protobuf.Timestamp
+	30, // 23: tandem.v1.Assignment.ports:type_name -> tandem.v1.PortMapping
+	31, // 24: tandem.v1.Assignment.addresses:type_name -> tandem.v1.NetworkAddress
+	11, // 25: tandem.v1.Reason.options:type_name -> tandem.v1.Option
+	12, // 26: tandem.v1.Reason.exclusions:type_name -> tandem.v1.Exclusion
+	22, // 27: tandem.v1.Option.terms:type_name -> tandem.v1.Option.TermsEntry
+	0,  // 28: tandem.v1.Machine.meta:type_name -> tandem.v1.Meta
+	32, // 29: tandem.v1.Machine.isolation:type_name -> tandem.v1.Isolation
+	26, // 30: tandem.v1.Machine.size:type_name -> tandem.v1.Size
+	26, // 31: tandem.v1.Machine.ceiling:type_name -> tandem.v1.Size
+	33, // 32: tandem.v1.Machine.status:type_name -> tandem.v1.MachineStatus
+	10, // 33: tandem.v1.Machine.reason:type_name -> tandem.v1.Reason
+	26, // 34: tandem.v1.Machine.min_size:type_name -> tandem.v1.Size
+	0,  // 35: tandem.v1.Volume.meta:type_name -> tandem.v1.Meta
+	23, // 36: tandem.v1.Volume.labels:type_name -> tandem.v1.Volume.LabelsEntry
+	34, // 37: tandem.v1.Volume.status:type_name -> tandem.v1.VolumeStatus
+	0,  // 38: tandem.v1.Host.meta:type_name -> tandem.v1.Meta
+	35, // 39: tandem.v1.Host.facts:type_name -> tandem.v1.HostFacts
+	24, // 40: tandem.v1.Host.last_seen:type_name -> google.protobuf.Timestamp
+	0,  // 41: tandem.v1.Policy.meta:type_name -> tandem.v1.Meta
+	17, // 42: tandem.v1.Policy.pools:type_name -> tandem.v1.Pool
+	18, // 43: tandem.v1.Policy.quotas:type_name -> tandem.v1.Quota
+	26, // 44: tandem.v1.Pool.reservation:type_name -> tandem.v1.Size
+	26, // 45: tandem.v1.Pool.limit:type_name -> tandem.v1.Size
+	26, // 46: tandem.v1.Quota.reserved:type_name -> tandem.v1.Size
+	47, // [47:47] is the sub-list for method output_type
+	47, // [47:47] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_tandem_v1_records_proto_init() }
@@ -1717,7 +2040,7 @@ func file_tandem_v1_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tandem_v1_records_proto_rawDesc), len(file_tandem_v1_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

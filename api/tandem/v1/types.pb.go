@@ -1327,6 +1327,8 @@ type ContainerSpec struct {
 	DependsOn       []*Dependency          `protobuf:"bytes,45,rep,name=depends_on,json=dependsOn,proto3" json:"depends_on,omitempty"`
 	OomKillDisable  bool                   `protobuf:"varint,46,opt,name=oom_kill_disable,json=oomKillDisable,proto3" json:"oom_kill_disable,omitempty"`
 	Annotations     map[string]string      `protobuf:"bytes,47,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Pool            string                 `protobuf:"bytes,48,opt,name=pool,proto3" json:"pool,omitempty"`                                     // "/a/b": what it reserves counts there; empty: in none
+	ZoneAffinity    []string               `protobuf:"bytes,49,rep,name=zone_affinity,json=zoneAffinity,proto3" json:"zone_affinity,omitempty"` // zones of hosts; empty = any
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1686,6 +1688,20 @@ func (x *ContainerSpec) GetOomKillDisable() bool {
 func (x *ContainerSpec) GetAnnotations() map[string]string {
 	if x != nil {
 		return x.Annotations
+	}
+	return nil
+}
+
+func (x *ContainerSpec) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *ContainerSpec) GetZoneAffinity() []string {
+	if x != nil {
+		return x.ZoneAffinity
 	}
 	return nil
 }
@@ -3689,7 +3705,7 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\x02ip\x18\x03 \x01(\tR\x02ip\"N\n" +
 	"\tLogConfig\x12$\n" +
 	"\x0emax_size_bytes\x18\x01 \x01(\x03R\fmaxSizeBytes\x12\x1b\n" +
-	"\tmax_files\x18\x02 \x01(\x05R\bmaxFiles\"\xf8\x0f\n" +
+	"\tmax_files\x18\x02 \x01(\x05R\bmaxFiles\"\xb1\x10\n" +
 	"\rContainerSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x125\n" +
 	"\n" +
@@ -3754,7 +3770,9 @@ const file_tandem_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"depends_on\x18- \x03(\v2\x15.tandem.v1.DependencyR\tdependsOn\x12(\n" +
 	"\x10oom_kill_disable\x18. \x01(\bR\x0eoomKillDisable\x12K\n" +
-	"\vannotations\x18/ \x03(\v2).tandem.v1.ContainerSpec.AnnotationsEntryR\vannotations\x1a:\n" +
+	"\vannotations\x18/ \x03(\v2).tandem.v1.ContainerSpec.AnnotationsEntryR\vannotations\x12\x12\n" +
+	"\x04pool\x180 \x01(\tR\x04pool\x12#\n" +
+	"\rzone_affinity\x181 \x03(\tR\fzoneAffinity\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +

@@ -58,10 +58,10 @@ type Script struct {
 
 // Options of New; zero values are a host of 8 cores and 16 GiB.
 type Options struct {
-	ID, Hostname string
-	Capacity     *v1.Size
-	Capabilities *v1.Capabilities
-	Clock        Clock
+	ID, Hostname, Zone string
+	Capacity           *v1.Size
+	Capabilities       *v1.Capabilities
+	Clock              Clock
 	// Boot is how long a machine takes to start, Prepare a container.
 	Boot    time.Duration
 	Prepare time.Duration
@@ -296,7 +296,7 @@ func (h *Host) Client(ctx context.Context) tandemv1connect.AgentServiceClient {
 
 // facts of the host.
 func (h *Host) facts() *v1.HostFacts {
-	return &v1.HostFacts{HostId: h.opts.ID, Hostname: h.opts.Hostname, Capacity: h.opts.Capacity, Accelerator: "fake", Version: "fake",
+	return &v1.HostFacts{HostId: h.opts.ID, Hostname: h.opts.Hostname, Zone: h.opts.Zone, Capacity: h.opts.Capacity, Accelerator: "fake", Version: "fake",
 		Capabilities: h.opts.Capabilities, MachineOverhead: &v1.Size{MemoryBytes: 64 << 20}, GuestOverhead: &v1.Size{MemoryBytes: 64 << 20},
 		BaseMemoryBytes: 256 << 20, BootId: "fake"}
 }

@@ -146,6 +146,11 @@ const (
 	SystemServiceCarryOutProcedure = "/tandem.v1.SystemService/CarryOut"
 	// SystemServiceRecommendProcedure is the fully-qualified name of the SystemService's Recommend RPC.
 	SystemServiceRecommendProcedure = "/tandem.v1.SystemService/Recommend"
+	// SystemServicePolicyProcedure is the fully-qualified name of the SystemService's Policy RPC.
+	SystemServicePolicyProcedure = "/tandem.v1.SystemService/Policy"
+	// SystemServiceChangePolicyProcedure is the fully-qualified name of the SystemService's
+	// ChangePolicy RPC.
+	SystemServiceChangePolicyProcedure = "/tandem.v1.SystemService/ChangePolicy"
 	// StateServiceListProcedure is the fully-qualified name of the StateService's List RPC.
 	StateServiceListProcedure = "/tandem.v1.StateService/List"
 	// StateServicePurgeProcedure is the fully-qualified name of the StateService's Purge RPC.
@@ -1441,6 +1446,10 @@ type SystemServiceClient interface {
 	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
 	// Recommend says what services should reserve, from what they were seen to use.
 	Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error)
+	// Policy tells what holds for the whole cluster, and how it is kept.
+	Policy(context.Context, *connect.Request[v1.PolicyRequest]) (*connect.Response[v1.PolicyResponse], error)
+	// ChangePolicy changes what the request names and leaves the rest.
+	ChangePolicy(context.Context, *connect.Request[v1.ChangePolicyRequest]) (*connect.Response[v1.PolicyResponse], error)
 }
 
 // NewSystemServiceClient constructs a client for the tandem.v1.SystemService service. By default,
@@ -1508,20 +1517,34 @@ func NewSystemServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(systemServiceMethods.ByName("Recommend")),
 			connect.WithClientOptions(opts...),
 		),
+		policy: connect.NewClient[v1.PolicyRequest, v1.PolicyResponse](
+			httpClient,
+			baseURL+SystemServicePolicyProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("Policy")),
+			connect.WithClientOptions(opts...),
+		),
+		changePolicy: connect.NewClient[v1.ChangePolicyRequest, v1.PolicyResponse](
+			httpClient,
+			baseURL+SystemServiceChangePolicyProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("ChangePolicy")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // systemServiceClient implements SystemServiceClient.
 type systemServiceClient struct {
-	version   *connect.Client[v1.VersionRequest, v1.VersionResponse]
-	doctor    *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
-	events    *connect.Client[v1.EventsRequest, v1.Event]
-	hosts     *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
-	plan      *connect.Client[v1.PlanRequest, v1.Plan]
-	explain   *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
-	ask       *connect.Client[v1.AskRequest, v1.AskResponse]
-	carryOut  *connect.Client[v1.CarryOutRequest, v1.CarryOutResponse]
-	recommend *connect.Client[v1.RecommendRequest, v1.RecommendResponse]
+	version      *connect.Client[v1.VersionRequest, v1.VersionResponse]
+	doctor       *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	events       *connect.Client[v1.EventsRequest, v1.Event]
+	hosts        *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	plan         *connect.Client[v1.PlanRequest, v1.Plan]
+	explain      *connect.Client[v1.ContainerRequest, v1.ExplainResponse]
+	ask          *connect.Client[v1.AskRequest, v1.AskResponse]
+	carryOut     *connect.Client[v1.CarryOutRequest, v1.CarryOutResponse]
+	recommend    *connect.Client[v1.RecommendRequest, v1.RecommendResponse]
+	policy       *connect.Client[v1.PolicyRequest, v1.PolicyResponse]
+	changePolicy *connect.Client[v1.ChangePolicyRequest, v1.PolicyResponse]
 }
 
 // Version calls tandem.v1.SystemService.Version.
@@ -1569,6 +1592,16 @@ func (c *systemServiceClient) Recommend(ctx context.Context, req *connect.Reques
 	return c.recommend.CallUnary(ctx, req)
 }
 
+// Policy calls tandem.v1.SystemService.Policy.
+func (c *systemServiceClient) Policy(ctx context.Context, req *connect.Request[v1.PolicyRequest]) (*connect.Response[v1.PolicyResponse], error) {
+	return c.policy.CallUnary(ctx, req)
+}
+
+// ChangePolicy calls tandem.v1.SystemService.ChangePolicy.
+func (c *systemServiceClient) ChangePolicy(ctx context.Context, req *connect.Request[v1.ChangePolicyRequest]) (*connect.Response[v1.PolicyResponse], error) {
+	return c.changePolicy.CallUnary(ctx, req)
+}
+
 // SystemServiceHandler is an implementation of the tandem.v1.SystemService service.
 type SystemServiceHandler interface {
 	Version(context.Context, *connect.Request[v1.VersionRequest]) (*connect.Response[v1.VersionResponse], error)
@@ -1586,6 +1619,10 @@ type SystemServiceHandler interface {
 	CarryOut(context.Context, *connect.Request[v1.CarryOutRequest]) (*connect.Response[v1.CarryOutResponse], error)
 	// Recommend says what services should reserve, from what they were seen to use.
 	Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error)
+	// Policy tells what holds for the whole cluster, and how it is kept.
+	Policy(context.Context, *connect.Request[v1.PolicyRequest]) (*connect.Response[v1.PolicyResponse], error)
+	// ChangePolicy changes what the request names and leaves the rest.
+	ChangePolicy(context.Context, *connect.Request[v1.ChangePolicyRequest]) (*connect.Response[v1.PolicyResponse], error)
 }
 
 // NewSystemServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1649,6 +1686,18 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(systemServiceMethods.ByName("Recommend")),
 		connect.WithHandlerOptions(opts...),
 	)
+	systemServicePolicyHandler := connect.NewUnaryHandler(
+		SystemServicePolicyProcedure,
+		svc.Policy,
+		connect.WithSchema(systemServiceMethods.ByName("Policy")),
+		connect.WithHandlerOptions(opts...),
+	)
+	systemServiceChangePolicyHandler := connect.NewUnaryHandler(
+		SystemServiceChangePolicyProcedure,
+		svc.ChangePolicy,
+		connect.WithSchema(systemServiceMethods.ByName("ChangePolicy")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tandem.v1.SystemService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SystemServiceVersionProcedure:
@@ -1669,6 +1718,10 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 			systemServiceCarryOutHandler.ServeHTTP(w, r)
 		case SystemServiceRecommendProcedure:
 			systemServiceRecommendHandler.ServeHTTP(w, r)
+		case SystemServicePolicyProcedure:
+			systemServicePolicyHandler.ServeHTTP(w, r)
+		case SystemServiceChangePolicyProcedure:
+			systemServiceChangePolicyHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1712,6 +1765,14 @@ func (UnimplementedSystemServiceHandler) CarryOut(context.Context, *connect.Requ
 
 func (UnimplementedSystemServiceHandler) Recommend(context.Context, *connect.Request[v1.RecommendRequest]) (*connect.Response[v1.RecommendResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Recommend is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) Policy(context.Context, *connect.Request[v1.PolicyRequest]) (*connect.Response[v1.PolicyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.Policy is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) ChangePolicy(context.Context, *connect.Request[v1.ChangePolicyRequest]) (*connect.Response[v1.PolicyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tandem.v1.SystemService.ChangePolicy is not implemented"))
 }
 
 // StateServiceClient is a client for the tandem.v1.StateService service.
