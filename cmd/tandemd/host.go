@@ -13,6 +13,7 @@ import (
 	"tandem/internal/guestimage"
 	"tandem/internal/network/hostnet"
 	"tandem/internal/network/names"
+	"tandem/internal/runtime/cgroup"
 	"tandem/internal/runtime/monitor"
 	"tandem/internal/store"
 
@@ -137,6 +138,10 @@ func reset(ctx context.Context, d *dirs) error {
 	if err := d.findLib(); err != nil {
 		d.lib = "/nonexistent" // containers on metal were never started then
 	}
+	group, err := d.workloads()
+	if err != nil {
+		return err
+	}
 	p, err := openParts(ctx, d, "tcg", d.logger())
 	if err != nil {
 		return err
@@ -168,7 +173,7 @@ func reset(ctx context.Context, d *dirs) error {
 	for _, dir := range []string{d.state, d.run} {
 		add("mounts", unmountBelow(dir))
 	}
-	add("control groups", removeGroups(d.instance()))
+	add("control groups", removeGroups(ctx, group))
 	if len(errs) > 0 {
 		return errors.Join(append(errs, fmt.Errorf("%s and %s are left as they are; mend the above and run it again", d.state, d.run))...)
 	}
@@ -254,27 +259,14 @@ func unmountBelow(dir string) error {
 	return errors.Join(errs...)
 }
 
-// removeGroups removes the empty control groups of an instance.
-func removeGroups(instance string) error {
-	var roots []string
-	for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-		m, _ := filepath.Glob(pattern + instance)
-		roots = append(roots, m...)
+// removeGroups removes the empty control groups below one; processes that are just
+// ending are waited for.
+func removeGroups(ctx context.Context, group string) error {
+	l, err := cgroup.Detect()
+	if err != nil {
+		return nil // there are none
 	}
-	var errs []error
-	for _, root := range roots {
-		var dirs []string
-		filepath.WalkDir(root, func(path string, e os.DirEntry, err error) error {
-			if err == nil && e.IsDir() {
-				dirs = append(dirs, path)
-			}
-			return nil
-		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			if err := unix.Rmdir(dirs[i]); err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("%s: %w", dirs[i], err))
-			}
-		}
-	}
-	return errors.Join(errs...)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return l.Group(group).Remove(ctx)
 }

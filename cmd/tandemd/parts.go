@@ -50,8 +50,12 @@ func openParts(ctx context.Context, d *dirs, accel string, log *slog.Logger) (_ 
 		}
 	}()
 	sub := func(name string) string { return filepath.Join(d.state, name) }
+	group, err := d.workloads()
+	if err != nil {
+		return nil, err
+	}
 	if p.driver, err = qemu.New(ctx, qemu.Options{StateDir: sub("machines"), RunDir: filepath.Join(d.run, "m"), Accel: accel,
-		CgroupParent: d.instance() + "/machines", Logger: log.With("part", "qemu")}); err != nil {
+		CgroupParent: group + "/machines", Logger: log.With("part", "qemu")}); err != nil {
 		return nil, fmt.Errorf("hypervisor: %w", err)
 	}
 	p.closers = append(p.closers, p.driver.Close)
@@ -63,7 +67,7 @@ func openParts(ctx context.Context, d *dirs, accel string, log *slog.Logger) (_ 
 		return nil, err
 	}
 	p.closers = append(p.closers, p.volumes.Close)
-	nameServer, err := d.nameServer(log.With("part", "names"))
+	nameServer, err := d.nameServer(group, log.With("part", "names"))
 	if err != nil {
 		return nil, fmt.Errorf("name server: %w", err)
 	}
@@ -71,7 +75,7 @@ func openParts(ctx context.Context, d *dirs, accel string, log *slog.Logger) (_ 
 		return nil, fmt.Errorf("network: %w", err)
 	}
 	p.closers = append(p.closers, p.net.Close)
-	if p.metal, err = d.openMetal(ctx, log); err != nil {
+	if p.metal, err = d.openMetal(ctx, group, log); err != nil {
 		return nil, fmt.Errorf("containers on metal: %w", err)
 	}
 	p.closers = append(p.closers, p.metal.Close)
@@ -83,7 +87,7 @@ func (d *dirs) monitorSocket() string { return filepath.Join(d.run, "monitor.soc
 func (d *dirs) namesSocket() string { return filepath.Join(d.run, "names.sock") }
 
 // nameServer is the client of this host's name server, which is a process of its own.
-func (d *dirs) nameServer(log *slog.Logger) (*names.Apart, error) {
+func (d *dirs) nameServer(group string, log *slog.Logger) (*names.Apart, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -92,23 +96,23 @@ func (d *dirs) nameServer(log *slog.Logger) (*names.Apart, error) {
 	if err != nil {
 		return nil, err
 	}
-	start := spawn.Session([]string{exe, "names", "--state-dir", d.state, "--run-dir", d.run, "--identity", identity}, filepath.Join(d.state, "names.log"))
+	start := spawn.Session([]string{exe, "names", "--state-dir", d.state, "--run-dir", d.run, "--identity", identity}, filepath.Join(d.state, "names.log"), groupFor(group, "names"))
 	return names.NewApart(names.ApartOptions{Socket: d.namesSocket(), Spawn: start, Identity: identity, Logger: log}), nil
 }
 
-func (d *dirs) openMetal(ctx context.Context, log *slog.Logger) (*oci.Runtime, error) {
+func (d *dirs) openMetal(ctx context.Context, group string, log *slog.Logger) (*oci.Runtime, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	links, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(d.run, "netns"), Prefix: endpoint.InstancePrefix(d.instance()), Spare: true})
+	links, err := endpoint.New(endpoint.Options{NetnsDir: filepath.Join(d.run, "netns"), Prefix: endpoint.InstancePrefix(d.instance()), RouteLocalnet: true, Spare: true})
 	if err != nil {
 		return nil, err
 	}
-	mon := monitor.NewClient(d.monitorSocket(), spawn.Session([]string{exe, "monitor", "--state-dir", d.state, "--run-dir", d.run}, filepath.Join(d.state, "monitor.log")))
+	mon := monitor.NewClient(d.monitorSocket(), spawn.Session([]string{exe, "monitor", "--state-dir", d.state, "--run-dir", d.run}, filepath.Join(d.state, "monitor.log"), groupFor(group, "monitor")))
 	return oci.New(ctx, oci.Options{
 		StateDir: filepath.Join(d.state, "metal"), RunDir: filepath.Join(d.run, "metal"), Runc: filepath.Join(d.lib, "runc"),
-		Monitor: mon, Endpoint: links, CgroupParent: "/" + d.instance() + "/containers", Metal: true, InitPath: exe, Logger: log.With("part", "metal"),
+		Monitor: mon, Endpoint: links, CgroupParent: group + "/containers", Metal: true, InitPath: exe, Logger: log.With("part", "metal"),
 	})
 }
 

@@ -104,8 +104,15 @@ func serve(ctx context.Context, d *dirs, o server.Options, a agentFlags, noAgent
 	if err != nil {
 		return err
 	}
+	to := notifySocket()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return srv.Run(ctx) })
+	g.Go(func() error {
+		if err := notifyReady(ctx, to, usable(filepath.Join(d.run, "tandem.sock"), !noAgent)); err != nil {
+			log.Warn("systemd can't be told that the server answers", "error", err)
+		}
+		return nil
+	})
 	if !noAgent {
 		g.Go(func() error {
 			socket := filepath.Join(d.run, "tandem.sock")
@@ -168,18 +175,34 @@ func runAgent(ctx context.Context, d *dirs, a agentFlags, socket, tokenFile stri
 	if err != nil {
 		return err
 	}
-	token, err := readToken(ctx, tokenFile)
+	token, err := readToken(ctx, tokenFile, log)
 	if err != nil {
 		return err
 	}
 	dial := func(ctx context.Context) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}
-	return ag.Run(ctx, dial, token)
+	// The agent outlives the order to end when the whole host ends: then it stops
+	// in order what would otherwise be killed.
+	run, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	defer context.AfterFunc(ctx, func() {
+		defer end()
+		if !hostGoesDown() {
+			return
+		}
+		halt, cancel := context.WithTimeout(run, haltTime)
+		defer cancel()
+		if err := ag.Halt(halt); err != nil {
+			log.Error("not everything was stopped in order", "error", err)
+		}
+	})()
+	return ag.Run(run, dial, token)
 }
 
 // readToken waits for the server to have made its token: both start together.
-func readToken(ctx context.Context, file string) (string, error) {
+func readToken(ctx context.Context, file string, log *slog.Logger) (string, error) {
+	patience := time.After(3 * time.Second)
 	for {
 		b, err := os.ReadFile(file)
 		if t := strings.TrimSpace(string(b)); err == nil && t != "" {
@@ -191,6 +214,8 @@ func readToken(ctx context.Context, file string) (string, error) {
 		select {
 		case <-ctx.Done():
 			return "", ctx.Err()
+		case <-patience:
+			log.Warn("waiting for the server to make its token: is this the right --token-file?", "file", file)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}

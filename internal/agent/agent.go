@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -35,7 +36,8 @@ type Agent struct {
 	metal     *kernel // nil: not offered
 	volumes   *volumeKeeper
 
-	applying sync.Mutex // one Apply at a time
+	halting  atomic.Bool // nothing is started any more
+	applying sync.Mutex  // one Apply at a time
 
 	mu               sync.Mutex
 	ctx              context.Context // of Run; nil before

@@ -27,6 +27,7 @@ type fakeDriver struct {
 	nextPID             int
 	starts              []string
 	failStart           error
+	room                int // CPUs that a machine gets at most; 0: any
 }
 
 type fakeMachine struct {
@@ -173,6 +174,9 @@ func (d *fakeDriver) Resize(ctx context.Context, id string, want hypervisor.Size
 	m, err := d.on(id)
 	if err != nil {
 		return hypervisor.Size{}, err
+	}
+	if d.room > 0 {
+		want.CPUs = min(want.CPUs, d.room)
 	}
 	m.st.Size = want
 	return want, nil

@@ -37,10 +37,11 @@ type kernel struct {
 	sess     *session
 	seen     map[string]*v1.RuntimeStatus
 	watchers map[string]func()
-	why      string // why there is no session
-	gone     bool   // the machine does not exist any more
-	down     bool   // the machine shall not run: nothing will start here
-	looked   bool   // somebody has looked whether it runs
+	why      string        // why there is no session
+	gone     bool          // the machine does not exist any more
+	down     bool          // the machine shall not run: nothing will start here
+	looked   bool          // somebody has looked whether it runs
+	news     chan struct{} // closed, and replaced, when sess, gone or down may have changed
 }
 
 // session is one connection to a kernel's runtime.
@@ -92,7 +93,7 @@ func (s *session) awaitNetwork(ctx context.Context) error {
 
 func newKernel(machine string, clock Clock, log *slog.Logger, disks *diskSet, known func(string) bool) *kernel {
 	return &kernel{machine: machine, clock: clock, log: log, disks: disks, known: known,
-		seen: map[string]*v1.RuntimeStatus{}, watchers: map[string]func(){}, why: "not started yet"}
+		seen: map[string]*v1.RuntimeStatus{}, watchers: map[string]func(){}, why: "not started yet", news: make(chan struct{})}
 }
 
 func (k *kernel) String() string {
@@ -125,6 +126,8 @@ func (k *kernel) residents() int {
 func (k *kernel) wakeAll() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	close(k.news)
+	k.news = make(chan struct{})
 	for _, w := range k.watchers {
 		w()
 	}
@@ -143,6 +146,31 @@ func (k *kernel) observe(id string) observation {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return observation{sess: k.sess, st: k.seen[id], why: k.why, gone: k.gone, down: k.down}
+}
+
+// await is observe, once there is a session; without one after patience, or when none
+// is to be expected, it is what was seen last.
+func (k *kernel) await(ctx context.Context, id string, patience time.Duration) (observation, error) {
+	var end <-chan time.Time
+	for {
+		k.mu.Lock()
+		news := k.news
+		k.mu.Unlock()
+		o := k.observe(id)
+		if o.sess != nil || o.gone || o.down || patience <= 0 {
+			return o, nil
+		}
+		if end == nil {
+			end = k.clock.After(patience)
+		}
+		select {
+		case <-news:
+		case <-end:
+			return k.observe(id), nil
+		case <-ctx.Done():
+			return o, ctx.Err()
+		}
+	}
 }
 
 // created notes a container that was just made, before its event arrives.

@@ -38,23 +38,24 @@ type machine struct {
 	version   string // of the guest, as it says
 
 	// The rest belongs to the actor's goroutine.
-	rec      *machineRecord
-	link     *GuestLink
-	state    v1.MachineState
-	message  string
-	retry    backoff
-	retryAt  time.Time
-	patience time.Time // without a session until then it is started again
-	begin    time.Time // of the VMM, when this process started it
-	alive    bool      // it ran when last looked at
-	crashes  backoff
-	startAt  time.Time
-	cloned   bool      // this run is a clone that has not answered yet
-	resizeAt time.Time // ask again for a size that was not reached
-	resizeTo hypervisor.Size
-	resized  backoff
-	network  string // hash of what ConfigureNetwork was told last, in this session
-	status   hypervisor.Status
+	rec       *machineRecord
+	link      *GuestLink
+	state     v1.MachineState
+	message   string
+	retry     backoff
+	retryAt   time.Time
+	patience  time.Time // without a session until then it is started again
+	begin     time.Time // of the VMM, when this process started it
+	alive     bool      // it ran when last looked at
+	crashes   backoff
+	startAt   time.Time
+	cloned    bool      // this run is a clone that has not answered yet
+	resizeAt  time.Time // ask again for a size that was not reached
+	resizeTo  hypervisor.Size
+	resized   backoff
+	resizeGap string // what the last one left undone
+	network   string // hash of what ConfigureNetwork was told last, in this session
+	status    hypervisor.Status
 }
 
 func newMachine(a *Agent, id string, rec *machineRecord) *machine {
@@ -148,6 +149,7 @@ func (m *machine) step(ctx context.Context) (time.Duration, bool) {
 	}
 	m.interrupt = cancel
 	m.mu.Unlock()
+	want = m.halted(want)
 	if left := m.retryAt.Sub(m.a.o.Clock.Now()); left > 0 {
 		return left, false
 	}
@@ -412,6 +414,9 @@ func (m *machine) publish(want *v1.MachineAssignment) {
 			st.Pid, st.Accelerator = int64(m.status.PID), m.status.Accelerator
 			st.Size = &v1.Size{CpuMilli: int64(m.status.Size.CPUs) * 1000, MemoryBytes: m.status.Size.Memory}
 			st.Usage, st.PssBytes = m.usage, m.pss
+			if st.Message == "" {
+				st.Message = m.resizeGap
+			}
 			if !m.status.StartedAt.IsZero() {
 				st.StartedAt = timestamppb.New(m.status.StartedAt)
 			}

@@ -246,7 +246,7 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	m.link = link
 	m.state = v1.MachineState_MACHINE_STATE_RUNNING
 	m.resized.reset()
-	m.resizeAt = time.Time{}
+	m.resizeAt, m.resizeGap = time.Time{}, ""
 	go m.watchSession(sess, link)
 	return nil
 }

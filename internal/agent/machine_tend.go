@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -86,7 +87,7 @@ func (m *machine) resize(ctx context.Context, want *v1.MachineAssignment) (time.
 	}
 	if size == have {
 		m.resized.reset()
-		m.resizeAt, m.resizeTo = time.Time{}, size
+		m.resizeAt, m.resizeTo, m.resizeGap = time.Time{}, size, ""
 		return 0, nil
 	}
 	now := m.a.o.Clock.Now()
@@ -116,7 +117,7 @@ func (m *machine) resize(ctx context.Context, want *v1.MachineAssignment) (time.
 	if got.CPUs < have.CPUs || got.Memory < have.Memory {
 		action = "shrink"
 	}
-	m.status.Size = got
+	m.status.Size, m.resizeGap = got, gap(got, wanted)
 	if got != have {
 		m.a.hub.event(m.newEvent(action, "cpus", fmt.Sprint(got.CPUs), "memory", fmt.Sprint(got.Memory)))
 	}
@@ -126,9 +127,35 @@ func (m *machine) resize(ctx context.Context, want *v1.MachineAssignment) (time.
 		m.resized.reset()
 		return 0, nil
 	}
-	wait := m.resized.next(2*time.Second, 2*time.Minute)
+	most := 2 * time.Minute
+	if got.CPUs < wanted.CPUs || got.Memory < wanted.Memory {
+		most = 10 * time.Second // somebody needs it
+	}
+	wait := m.resized.next(2*time.Second, most)
 	m.resizeAt = m.a.o.Clock.Now().Add(wait)
 	return wait, nil
+}
+
+// gap says in words what a machine could not be given, or could not give back, now.
+func gap(got, want hypervisor.Size) string {
+	var out []string
+	add := func(format string, a ...any) { out = append(out, fmt.Sprintf(format, a...)) }
+	switch {
+	case got.CPUs < want.CPUs:
+		add("%d of %d CPUs are there: the emulator has no room for more now", got.CPUs, want.CPUs)
+	case got.CPUs > want.CPUs:
+		add("the guest keeps %d CPUs, and not %d", got.CPUs, want.CPUs)
+	}
+	switch {
+	case got.Memory < want.Memory:
+		add("%d of %d MiB are there: the guest has not taken the rest", got.Memory>>20, want.Memory>>20)
+	case got.Memory > want.Memory:
+		add("the guest keeps %d MiB, and not %d", got.Memory>>20, want.Memory>>20)
+	}
+	if out == nil {
+		return ""
+	}
+	return strings.Join(out, "; ") + "; it is tried again"
 }
 
 // shrinkReserve is what a guest keeps beside what it uses when it shrinks: taking

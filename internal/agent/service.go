@@ -66,8 +66,13 @@ func (s service) Watch(ctx context.Context, _ *connect.Request[v1.WatchHostReque
 	}
 }
 
-// runtimeOf finds the runtime that a container is in.
-func (s service) runtimeOf(id string) (runtime.Runtime, error) {
+// patience is how long a call waits for the guest that it is for: after a restart of
+// the agent guests answer again within seconds.
+const patience = 5 * time.Second
+
+// runtimeOf finds the runtime that a container is in; one that is to answer soon (the
+// agent has just been started, say) is waited for up to patience.
+func (s service) runtimeOf(ctx context.Context, id string, patience time.Duration) (runtime.Runtime, error) {
 	s.a.mu.Lock()
 	c := s.a.containers[id]
 	var machine string
@@ -84,7 +89,10 @@ func (s service) runtimeOf(id string) (runtime.Runtime, error) {
 	if k == nil {
 		return nil, fmt.Errorf("container %s has no machine yet: %w", id, errdefs.ErrUnavailable)
 	}
-	o := k.observe(id)
+	o, err := k.await(ctx, id, patience)
+	if err != nil {
+		return nil, err
+	}
 	if o.sess == nil {
 		return nil, fmt.Errorf("container %s: %s can't be reached now (%s): %w", id, k, o.why, errdefs.ErrUnavailable)
 	}
@@ -92,7 +100,7 @@ func (s service) runtimeOf(id string) (runtime.Runtime, error) {
 }
 
 func (s service) Kill(ctx context.Context, r *connect.Request[v1.RuntimeKillRequest]) (*connect.Response[v1.RuntimeKillResponse], error) {
-	rt, err := s.runtimeOf(r.Msg.Id)
+	rt, err := s.runtimeOf(ctx, r.Msg.Id, patience)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +113,7 @@ func (s service) Kill(ctx context.Context, r *connect.Request[v1.RuntimeKillRequ
 }
 
 func (s service) Top(ctx context.Context, r *connect.Request[v1.RuntimeTopRequest]) (*connect.Response[v1.RuntimeTopResponse], error) {
-	rt, err := s.runtimeOf(r.Msg.Id)
+	rt, err := s.runtimeOf(ctx, r.Msg.Id, patience)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +151,7 @@ func (s service) Stats(ctx context.Context, r *connect.Request[v1.AgentStatsRequ
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 32)
 	for _, id := range ids {
-		rt, err := s.runtimeOf(id)
+		rt, err := s.runtimeOf(ctx, id, 0)
 		if err != nil {
 			if !r.Msg.All && errdefs.IsNotFound(err) {
 				return nil, err
@@ -182,7 +190,7 @@ func (s service) Stats(ctx context.Context, r *connect.Request[v1.AgentStatsRequ
 }
 
 func (s service) Logs(ctx context.Context, r *connect.Request[v1.LogOptions], out *connect.ServerStream[v1.LogEntry]) error {
-	rt, err := s.runtimeOf(r.Msg.ContainerId)
+	rt, err := s.runtimeOf(ctx, r.Msg.ContainerId, patience)
 	if err != nil {
 		return err
 	}

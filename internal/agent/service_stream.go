@@ -25,7 +25,7 @@ func (s service) Exec(ctx context.Context, st *stdioStream) error {
 	if spec == nil {
 		return fmt.Errorf("exec: the first message must say what to run: %w", errdefs.ErrInvalidArgument)
 	}
-	rt, err := s.runtimeOf(spec.ContainerId)
+	rt, err := s.runtimeOf(ctx, spec.ContainerId, patience)
 	if err != nil {
 		return err
 	}
@@ -43,7 +43,7 @@ func (s service) Attach(ctx context.Context, st *stdioStream) error {
 	if spec == nil {
 		return fmt.Errorf("attach: the first message must name the container: %w", errdefs.ErrInvalidArgument)
 	}
-	rt, err := s.runtimeOf(spec.ContainerId)
+	rt, err := s.runtimeOf(ctx, spec.ContainerId, patience)
 	if err != nil {
 		return err
 	}

@@ -324,3 +324,44 @@ func TestStatsAndTop(t *testing.T) {
 		}
 	})
 }
+
+// A call for a container whose guest answers again soon waits for it: the agent has
+// just been started again. One that has nothing to wait for is refused at once.
+func TestCallWaitsForItsGuest(t *testing.T) {
+	rigged(t, func(r *rig) {
+		r.machine("m-1")
+		r.container("inside", "m-1")
+		r.apply()
+		r.until(time.Minute, "it runs", r.state("inside", running))
+		call := func(patience time.Duration) (time.Duration, error) {
+			from := time.Now()
+			_, err := service{a: r.a}.runtimeOf(context.Background(), "inside", patience)
+			return time.Since(from), err
+		}
+		// answers restarts the agent; the guest answers it that much later.
+		answers := func(after time.Duration) {
+			r.stop()
+			up := make(chan struct{})
+			r.w.drv.ms["m-1"].guest.up = up
+			time.AfterFunc(after, func() { close(up) })
+			r.start()
+		}
+		answers(3 * time.Second)
+		if took, err := call(0); !errdefs.IsUnavailable(err) || took != 0 {
+			t.Errorf("without patience: after %v: %v", took, err)
+		}
+		if took, err := call(patience); err != nil || took != 3*time.Second {
+			t.Errorf("of a guest that answers soon: after %v: %v", took, err)
+		}
+		answers(10 * time.Second)
+		if took, err := call(patience); !errdefs.IsUnavailable(err) || took != patience {
+			t.Errorf("of a guest that answers late: after %v: %v", took, err)
+		}
+		r.spec.Machines[0].Stopped = true
+		r.apply()
+		r.until(5*time.Minute, "it stops", func() bool { return r.machineStatus("m-1").GetState() == v1.MachineState_MACHINE_STATE_STOPPED })
+		if took, err := call(patience); !errdefs.IsUnavailable(err) || took != 0 {
+			t.Errorf("of a machine that shall not run: after %v: %v", took, err)
+		}
+	})
+}

@@ -236,6 +236,13 @@ func overlay(_ context.Context, o Options) *v1.Finding {
 	if strings.Contains(o.read("/proc/filesystems"), "overlay") {
 		return finding("overlayfs", OK, "overlayfs", "", "")
 	}
+	// The kernel loads it when it is mounted first.
+	modules := o.path("/lib/modules/" + o.read("/proc/sys/kernel/osrelease"))
+	for _, list := range []string{"modules.dep", "modules.builtin"} {
+		if b, err := os.ReadFile(filepath.Join(modules, list)); err == nil && strings.Contains(string(b), "/overlay.ko") {
+			return finding("overlayfs", OK, "overlayfs", "a module that the kernel loads when it is needed", "")
+		}
+	}
 	return finding("overlayfs-missing", Warning, "No overlayfs", "Containers with isolation metal can't run; those in machines can.", "modprobe overlay")
 }
 

@@ -68,6 +68,9 @@ func TestFindings(t *testing.T) {
 		}
 		return m
 	}
+	module := with("/proc/filesystems", "ext4") // not loaded yet
+	module["/proc/sys/kernel/osrelease"] = "6.1.0-9-amd64\n"
+	module["/lib/modules/6.1.0-9-amd64/modules.dep"] = "kernel/fs/overlayfs/overlay.ko:\n"
 	none := func(string) (string, error) { return "", errors.New("not found") }
 	verdict := func(v kvmprobe.Verdict) func(*Options) {
 		return func(o *Options) { o.KVM = func(context.Context) kvmprobe.Verdict { return v } }
@@ -96,6 +99,7 @@ func TestFindings(t *testing.T) {
 		{"tun-missing", Error, with("/dev/net/tun", ""), nil},
 		{"ip-forward-off", Info, with("/proc/sys/net/ipv4/ip_forward", "0"), nil},
 		{"overlayfs-missing", Warning, with("/proc/filesystems", "ext4"), nil},
+		{"overlayfs", OK, module, nil},
 		{"loop-missing", Warning, with("/dev/loop-control", ""), nil},
 		{"memory-low", Warning, with("/proc/meminfo", "MemTotal: 900000 kB\nMemAvailable: 1000 kB\n"), nil},
 	} {

@@ -33,8 +33,8 @@ type Host struct {
 	log   *os.File
 }
 
-// libDir is where tandem, tandemd, runc and guest/ lie.
-func libDir(t testing.TB) string {
+// LibDir is where tandem, tandemd, runc and guest/ lie.
+func LibDir(t testing.TB) string {
 	d := os.Getenv("TANDEM_LIB_DIR")
 	if d == "" {
 		_, file, _, _ := runtime.Caller(0)
@@ -57,7 +57,20 @@ func New(t testing.TB) *Host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{t: t, Dir: dir, Bin: libDir(t), serve: new(*exec.Cmd)}
+	h := &Host{t: t, Dir: dir, Bin: LibDir(t), serve: new(*exec.Cmd)}
+	h.Boot()
+	h.log, err = os.Create(filepath.Join(dir, "serve.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.close)
+	return h
+}
+
+// Boot makes the namespaces: by New, and after a Crash, with the directories as they
+// were left.
+func (h *Host) Boot() {
+	h.t.Helper()
 	h.init = exec.Command("/proc/self/exe")
 	h.init.Env = append(os.Environ(), envInit+"="+cgroupMounts())
 	h.init.Stderr = os.Stderr
@@ -67,21 +80,15 @@ func New(t testing.TB) *Host {
 	}
 	out, err := h.init.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		h.t.Fatal(err)
 	}
 	if err := h.init.Start(); err != nil {
-		t.Fatalf("make namespaces (this needs root): %v", err)
+		h.t.Fatalf("make namespaces (this needs root): %v", err)
 	}
 	line := make([]byte, 6)
 	if _, err := io.ReadFull(out, line); err != nil {
-		t.Fatalf("host init: %v", err)
+		h.t.Fatalf("host init: %v", err)
 	}
-	h.log, err = os.Create(filepath.Join(dir, "serve.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(h.close)
-	return h
 }
 
 // close ends the host. With all its processes gone the kernel takes mounts,
@@ -325,12 +332,12 @@ func (h *Host) Eventually(d time.Duration, what string, f func() error) {
 	}
 }
 
-// Server is the process of `tandem serve`.
+// Server is the process of `tandem serve`, or of `tandem agent` in a host that joined.
 func (h *Host) Server() []int {
 	var out []int
-	for _, p := range h.Find("tandemd", "serve") {
+	for _, p := range h.Find("tandemd") {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
-		if a := strings.Split(string(b), "\x00"); len(a) > 1 && filepath.Base(a[0]) == "tandemd" && a[1] == "serve" {
+		if a := strings.Split(string(b), "\x00"); len(a) > 1 && filepath.Base(a[0]) == "tandemd" && (a[1] == "serve" || a[1] == "agent") {
 			out = append(out, p)
 		}
 	}

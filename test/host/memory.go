@@ -81,13 +81,15 @@ func (h *Host) MemoryBack(t testing.TB, project string, limit time.Duration) Bac
 	if err != nil || before == 0 || pss == 0 {
 		t.Fatalf("machine %s has %d bytes, its VMM %d: %v", id, before, pss, err)
 	}
+	// Less may be given up for other reasons, what the guest itself uses, say.
+	const least = 256 << 20
 	start := time.Now()
 	h.Tandem("rm", "-f", "--project-name", project, hog)
 	var b Back
 	h.Eventually(limit, "the host has its memory back", func() error {
 		want, have, err := size()
 		b = Back{before - have, pss - h.PSS("qemu-system", id), time.Since(start)}
-		if err == nil && (have > want || b.GivenUp <= 0 || b.Returned*5 < b.GivenUp*4) {
+		if err == nil && (have > want || b.GivenUp < least || b.Returned*5 < b.GivenUp*4) {
 			err = fmt.Errorf("the machine has %d MiB, is to have %d MiB; its VMM has %d MiB less than before", have>>20, want>>20, b.Returned>>20)
 		}
 		return err

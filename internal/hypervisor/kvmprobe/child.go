@@ -78,7 +78,7 @@ type memoryRegion struct {
 }
 
 // childMain runs the payload, reports its progress on stdout, and exits.
-func childMain() {
+func childMain(budget uint64) {
 	runtime.LockOSThread()
 	// The kernel kills us when the budget is used up: nothing in the guest can prevent it.
 	lim := unix.Rlimit{Cur: budget, Max: budget}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -109,8 +110,15 @@ func (c *cgroups) create(id string, l limits) error {
 	return c.update(id, l)
 }
 
+// delegate hands the controllers of a v2 group down to those in it. What is handed
+// down already is not written: groups above ours may be somebody else's (systemd's).
 func (c *cgroups) delegate(dir string) {
+	b, _ := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
+	have := strings.Fields(string(b))
 	for _, w := range wantedControllers { // one by one: one that is missing must not take the others along
+		if slices.Contains(have, w) {
+			continue
+		}
 		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+w), 0o644)
 	}
 }

@@ -28,8 +28,8 @@ type Options struct {
 	StateDir string // survives a reboot
 	RunDir   string // need not survive one; sockets
 
-	// Accel is "auto" (also ""), "kvm" or "tcg". auto takes KVM where it was
-	// proved to work, and TCG, QEMU's translator, elsewhere.
+	// Accel is "auto" (also ""), "kvm" (also where it is very slow) or "tcg". auto
+	// takes KVM where it was proved to work, and TCG, QEMU's translator, elsewhere.
 	Accel string
 	// User is whom QEMU runs as. The default gives every machine a uid of its
 	// own from UserRange, so that a guest that broke out can't touch another's VMM.
@@ -164,6 +164,9 @@ func (h *host) chooseAccel(ctx context.Context, o *Options) error {
 		return fmt.Errorf("accelerator %q: must be auto, kvm or tcg: %w", o.Accel, errdefs.ErrInvalidArgument)
 	}
 	h.verdict = kvmprobe.Probe(ctx, filepath.Join(o.StateDir, "kvm.json"))
+	if o.Accel == "kvm" && h.verdict.Present && !h.verdict.Usable {
+		h.verdict = kvmprobe.ProbePatiently(ctx)
+	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -41,6 +41,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -84,6 +85,9 @@ type Options struct {
 	// Sole says that all links which come up on this kernel are this manager's: what
 	// they need is made the kernel's default once, where that is quicker.
 	Sole bool
+	// RouteLocalnet lets replies to this kernel's 127.0.0.1 find their way: for kernels
+	// whose rules keep containers from that network themselves (package hostnet).
+	RouteLocalnet bool
 	// Spare keeps one namespace ready after one was needed: for kernels with memory
 	// and time to spare.
 	Spare bool
@@ -99,6 +103,7 @@ type Manager struct {
 	locks  [64]sync.Mutex
 	apart  *borders  // nil: does not separate
 	spare  *spares   // nil: keeps none
+	port   []setting // of this kernel's ends
 	byself []setting // what new links have by themselves
 
 	keptMu sync.Mutex
@@ -128,7 +133,10 @@ func New(o Options) (*Manager, error) {
 		h.Close()
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
-	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: h, raw: raw, kept: map[string]*pair{}}
+	m := &Manager{dir: o.NetnsDir, prefix: o.Prefix, nl: h, raw: raw, port: portSettings, kept: map[string]*pair{}}
+	if o.RouteLocalnet {
+		m.port = append(slices.Clip(m.port), routeLocalnet)
+	}
 	if o.Sole {
 		if m.byself, err = defaults(); err != nil {
 			m.Close()

@@ -31,6 +31,8 @@ var portSettings = []setting{
 	{before: "ipv4/neigh/", after: "/proxy_delay", value: "0", byDefault: true},
 }
 
+var routeLocalnet = setting{before: "ipv4/conf/", after: "/route_localnet", value: "1", attr: 26}
+
 // set makes it so for link name. A kernel without IPv6 has nothing to set there.
 func (s setting) set(name string) error {
 	err := sysctl(s.before+name+s.after, s.value)
@@ -61,7 +63,7 @@ func defaults() (done []setting, err error) {
 
 // settings makes this kernel's end a router's port, whatever it was.
 func (m *Manager) settings(name string) error {
-	for _, s := range portSettings {
+	for _, s := range m.port {
 		if err := s.set(name); err != nil {
 			return err
 		}
@@ -73,7 +75,7 @@ func (m *Manager) settings(name string) error {
 // /proc/sys costs a kernel that is emulated 3 ms.
 func (m *Manager) settle(host netlink.Link) error {
 	var conf []setting
-	for _, s := range portSettings {
+	for _, s := range m.port {
 		switch {
 		case slices.Contains(m.byself, s):
 		case s.attr != 0:

@@ -118,7 +118,8 @@ func (h *Host) ensureTaps(w *wanted) (links, error) {
 			return nil, err
 		}
 	}
-	// So that replies to 127.0.0.1 find their way; see the rule "loopback" too.
+	// So that replies to 127.0.0.1 find their way; see the rule "loopback" too. Links
+	// that are made later have it from the beginning (endpoint.Options.RouteLocalnet).
 	for _, v := range w.veths {
 		if ls[v.name] != nil {
 			if err := setSysctl("ipv4/conf/"+v.name+"/route_localnet", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -283,7 +283,8 @@ func TestApartOfAnotherIdentityIsReplaced(t *testing.T) {
 			}
 		}
 	}()
-	set(t, x.client(t, "v2"), "web", "127.1.0.2")
+	a = x.client(t, "v2")
+	set(t, a, "web", "127.1.0.2")
 	close(stop)
 	gap := <-worst
 	t.Logf("no answer for at most %s", gap.Round(time.Millisecond))
@@ -298,7 +299,8 @@ func TestApartOfAnotherIdentityIsReplaced(t *testing.T) {
 		t.Errorf("%+v, %v", h, err)
 	}
 
-	// One that hangs is replaced too.
+	// One that hangs is replaced too. (Of two clients alive, each would replace the other's.)
+	a.Close()
 	old = x.pid()
 	syscall.Kill(old, syscall.SIGSTOP)
 	set(t, x.client(t, "v3"), "web", "127.1.0.3")

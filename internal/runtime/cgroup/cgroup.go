@@ -88,6 +88,53 @@ func (l *Layout) Unified() bool { _, mem := l.v1["memory"]; return l.v2 != "" &&
 // Group names a group by its path below the mount points ("/tandem/web-1").
 func (l *Layout) Group(path string) Group { return Group{l: l, path: filepath.Clean("/" + path)} }
 
+// Open makes a group in the v2 tree, with those above it, and opens its directory for
+// who is to be born in it. It returns nil where the controllers are those of v1: there
+// a process can't be born in its groups. No controller is handed down for it.
+func (l *Layout) Open(path string) (*os.File, error) {
+	if !l.Unified() {
+		return nil, nil
+	}
+	dir := filepath.Join(l.v2, filepath.Clean("/"+path))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("cgroup %s: %w", path, err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("cgroup %s: %w", path, err)
+	}
+	return f, nil
+}
+
+// MoveInto moves the processes of a v2 group that are not in a group below it into a
+// child of that name. Elsewhere, and when there are none, it does nothing.
+func (g Group) MoveInto(child string) error {
+	if !g.l.Unified() || g.path == "/" {
+		return nil
+	}
+	from := filepath.Join(g.dir(""), "cgroup.procs")
+	for range 100 { // one of them may start another meanwhile
+		b, err := os.ReadFile(from)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		pids := strings.Fields(string(b))
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		to := filepath.Join(g.dir(""), child)
+		if err := os.Mkdir(to, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("cgroup %s: %w", g.path, err)
+		}
+		for _, pid := range pids {
+			if err := os.WriteFile(filepath.Join(to, "cgroup.procs"), []byte(pid), 0o644); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("move process %s of cgroup %s into %s: %w", pid, g.path, child, err)
+			}
+		}
+	}
+	return fmt.Errorf("cgroup %s: processes come faster than they can be moved: %w", g.path, errdefs.ErrUnavailable)
+}
+
 // Children lists the names of the groups directly below path.
 func (l *Layout) Children(path string) []string {
 	var names []string
@@ -110,6 +157,16 @@ type Group struct {
 
 // Path is the group's path below the mount points.
 func (g Group) Path() string { return g.path }
+
+// Exists is true if the group is there, in any hierarchy.
+func (g Group) Exists() bool {
+	for _, r := range g.l.roots {
+		if st, err := os.Stat(filepath.Join(r, g.path)); err == nil && st.IsDir() {
+			return true
+		}
+	}
+	return false
+}
 
 // dir is where a controller's files are ("" if that controller is missing).
 func (g Group) dir(controller string) string {

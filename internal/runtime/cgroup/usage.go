@@ -28,8 +28,9 @@ func (g Group) SwapLimits() bool {
 	if dir == "" {
 		return false
 	}
-	if g.l.Unified() {
-		return true
+	if g.l.Unified() { // a kernel with swap counts it there
+		_, err := os.Stat("/proc/swaps")
+		return err == nil
 	}
 	_, err := os.Stat(filepath.Join(g.l.v1["memory"], "memory.memsw.limit_in_bytes"))
 	if err != nil { // the root group of some kernels lacks it

@@ -72,10 +72,17 @@ func (r *Runtime) limits(id string, q *v1.Resources) (*specs.LinuxCPU, *specs.Li
 	if q.MemoryBytesReservation > 0 {
 		mem.Reservation = &q.MemoryBytesReservation
 	}
-	if q.MemorySwapBytes != 0 && q.MemoryBytesLimit > 0 {
+	if q.MemoryBytesLimit > 0 {
+		swap := q.MemorySwapBytes
+		if swap == 0 { // Docker's default: as much again
+			swap = -1
+			if q.MemoryBytesLimit <= math.MaxInt64/2 {
+				swap = 2 * q.MemoryBytesLimit
+			}
+		}
 		if r.cg.Group(r.cgroupPath(id)).SwapLimits() {
-			mem.Swap = &q.MemorySwapBytes
-		} else {
+			mem.Swap = &swap
+		} else if q.MemorySwapBytes != 0 {
 			r.log.Warn("swap limit left out: this kernel does not count swap", "container", id)
 		}
 	}
@@ -138,15 +145,6 @@ func (r *Runtime) updateRunning(ctx context.Context, id string, q *v1.Resources)
 		if r.cg.Group(r.cgroupPath(id)).SwapLimits() {
 			res.Memory.Swap = &none
 		}
-	} else if res.Memory.Swap == nil && r.cg.Group(r.cgroupPath(id)).SwapLimits() {
-		// memory+swap must never be below memory while it is written
-		swap := *res.Memory.Limit
-		if swap > math.MaxInt64/2 {
-			swap = -1
-		} else {
-			swap *= 2
-		}
-		res.Memory.Swap = &swap
 	}
 	if res.Pids == nil {
 		res.Pids = &specs.LinuxPids{Limit: &none}
