@@ -42,8 +42,8 @@ race: guest ## the concurrent packages under the race detector
 lint: ## format, vet, staticcheck
 	@build/lint $(STATICCHECK)
 
-vulncheck: ## known vulnerabilities in what is linked in (needs the Go vulnerability database)
-	go run $(VULNCHECK) ./...
+vulncheck: ## known vulnerabilities in what is called (VULNDB=URL: another data base than Go's)
+	@build/vulncheck $(VULNCHECK)
 
 fuzz: ## every fuzz target for FUZZTIME (default 5m) each
 	@build/fuzz
@@ -63,7 +63,7 @@ install: guest ## into /usr/local (DESTDIR goes before it)
 	install -D -m 755 $(BIN)/tandem-guest $(DESTDIR)/usr/local/lib/tandem/tandem-guest
 	install -D -m 755 $(BIN)/runc $(DESTDIR)/usr/local/lib/tandem/runc
 	mkdir -p $(DESTDIR)/usr/local/lib/tandem/guest && cp -a $(BIN)/guest/. $(DESTDIR)/usr/local/lib/tandem/guest/
-	install -D -m 644 build/tandem.service $(DESTDIR)/etc/systemd/system/tandem.service
+	install -D -m 644 -t $(DESTDIR)/etc/systemd/system build/tandem.service build/tandem-workloads.service
 
 generate: ## Go code from the .proto files
 	@api/generate.sh
