@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -402,6 +403,62 @@ func TestMachineStopAndStart(t *testing.T) {
 		r.apply()
 		r.until(20*time.Second, "restarted", func() bool { return len(r.w.drv.starts) == starts+1 && r.state("c-1", running)() })
 	})
+}
+
+// What containers wrote before an orderly stop is there after it, also when the next
+// guests hang before they answer. A guest that did not power off left nothing whole.
+func TestWritableLayersOutliveStops(t *testing.T) {
+	for name, c := range map[string]struct {
+		deaf     int
+		stubborn bool
+		lost     bool
+	}{
+		"the clone hangs":                {deaf: 1},
+		"the clone hangs, and two boots": {deaf: 3},
+		"it does not power off":          {stubborn: true, lost: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rigged(t, func(r *rig) {
+				boots := 0
+				// runs is true when the container runs in the machine's nth run.
+				runs := func(nth int) func() bool {
+					return func() bool {
+						boots = 0
+						for _, s := range r.w.drv.starts {
+							if strings.HasPrefix(s, "m-1 ") {
+								boots++
+							}
+						}
+						in := r.w.drv.ms["m-1"].rt.cs["c-1"]
+						return boots == nth && in != nil && in.st.State == running
+					}
+				}
+				lost := func() bool { return r.peek(func() bool { return r.w.drv.ms["m-1"].rt.creates != 0 }) }
+				m := r.machine("m-1")
+				r.container("c-1", "m-1")
+				r.apply()
+				r.until(20*time.Second, "running", r.state("c-1", running))
+				r.w.drv.stubborn = c.stubborn
+				m.Stopped = true
+				r.apply()
+				r.until(time.Minute, "stopped", func() bool {
+					return r.machineStatus("m-1").State == v1.MachineState_MACHINE_STATE_STOPPED
+				})
+				r.w.drv.deaf, r.w.drv.stubborn = map[string]int{"m-1": c.deaf}, false
+				m.Stopped = false
+				r.apply()
+				r.until(10*time.Minute, "running again", runs(2+c.deaf))
+				if got := lost(); got != c.lost {
+					t.Errorf("its writable layer was lost: %v", got)
+				}
+				r.w.drv.crash("m-1")
+				r.until(time.Minute, "running after a crash", runs(3+c.deaf))
+				if !lost() {
+					t.Error("a scratch disk that a crash left was used on")
+				}
+			})
+		})
+	}
 }
 
 func TestIntentIsChecked(t *testing.T) {

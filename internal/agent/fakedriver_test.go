@@ -27,7 +27,9 @@ type fakeDriver struct {
 	nextPID             int
 	starts              []string
 	failStart           error
-	room                int // CPUs that a machine gets at most; 0: any
+	room                int            // CPUs that a machine gets at most; 0: any
+	deaf                map[string]int // so many guests of a machine that start next never answer
+	stubborn            bool           // guests don't power off
 }
 
 type fakeMachine struct {
@@ -104,6 +106,10 @@ func (d *fakeDriver) Start(ctx context.Context, id string, o hypervisor.StartOpt
 	}
 	g := &fakeGuest{m: m, rt: m.rt, up: make(chan struct{}), dead: make(chan struct{}), id: strconv.Itoa(d.nextPID)}
 	m.guest, m.keep = g, true
+	if d.deaf[id] > 0 {
+		d.deaf[id]--
+		return nil
+	}
 	time.AfterFunc(took, func() { close(g.up) })
 	return nil
 }
@@ -130,6 +136,9 @@ func (d *fakeDriver) crash(id string) {
 func (d *fakeDriver) Stop(ctx context.Context, id string, o hypervisor.StopOptions) error {
 	if gerr := d.w.gate(ctx); gerr != nil {
 		return gerr
+	}
+	if d.stubborn {
+		time.Sleep(o.Grace)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

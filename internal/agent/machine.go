@@ -329,12 +329,15 @@ func (m *machine) shutdown(ctx context.Context) error {
 		grace = t.ShutdownGrace
 		defer link.Close()
 	}
+	begin := m.a.o.Clock.Now()
 	if err := m.a.o.Driver.Stop(ctx, m.id, hypervisor.StopOptions{Grace: grace}); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("stop: %w", err)
 	}
 	m.down("it was stopped")
 	m.alive = false
-	m.rec.Clean = asked
+	if asked && m.a.o.Clock.Now().Sub(begin) < grace { // it powered itself off
+		m.rec.Clean = true
+	}
 	m.save()
 	return nil
 }

@@ -63,7 +63,7 @@ func (m *machine) startVMM(ctx context.Context, want *v1.MachineAssignment) erro
 	}
 	template := m.a.templates.choose(ctx, spec)
 	m.rec.Boots++
-	m.rec.Started, m.rec.Clean = true, false
+	m.rec.Started, m.rec.StartTook = true, 0
 	m.rec.StartMethod = "boot"
 	m.save()
 	begin := m.a.o.Clock.Now()
@@ -82,7 +82,6 @@ func (m *machine) startVMM(ctx context.Context, want *v1.MachineAssignment) erro
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
-	m.rec.StartTook = 0
 	m.startedAt(begin)
 	if m.status, err = drv.Inspect(ctx, m.id); err != nil {
 		return fmt.Errorf("look at the machine: %w", err)
@@ -105,6 +104,20 @@ func (m *machine) freshScratch(ctx context.Context) error {
 	}
 	if err := m.a.o.Volumes.Remove(ctx, scratch); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("scratch disk: %w", err)
+	}
+	return nil
+}
+
+// scratchInUse notes, before the guest learns which disk it may write to, that it is
+// whole only after the next orderly stop. A guest that hangs before that costs nothing.
+func (m *machine) scratchInUse() error {
+	if !m.rec.Clean {
+		return nil
+	}
+	m.rec.Clean = false
+	if err := saveRecord(m.a.state, "machines", m.id, m.rec); err != nil {
+		m.rec.Clean = true
+		return fmt.Errorf("the machine's record can't be written, and without it nothing may be written in the machine: %w", err)
 	}
 	return nil
 }
@@ -213,6 +226,9 @@ func (m *machine) connectOnce(ctx, soft context.Context, want *v1.MachineAssignm
 	m.mu.Lock()
 	m.version, m.misses = cut(hello.Version, 128), 0
 	m.mu.Unlock()
+	if err := m.scratchInUse(); err != nil {
+		return err
+	}
 	boot := m.boot()
 
 	// NIC and identity at once; the guest waits for its disk by itself.

@@ -58,7 +58,7 @@ type machineRecord struct {
 	RestartGen  uint64        `json:"restart_gen,omitempty"`
 	Restarts    int32         `json:"restarts,omitempty"`
 	Started     bool          `json:"started,omitempty"` // was started once
-	Clean       bool          `json:"clean,omitempty"`   // was stopped in order: its scratch disk is whole
+	Clean       bool          `json:"clean,omitempty"`   // its scratch disk is whole: left in order, not used since
 	StartMethod string        `json:"start_method,omitempty"`
 	StartTook   time.Duration `json:"start_took,omitempty"`
 	Boots       int           `json:"boots,omitempty"` // counts starts
