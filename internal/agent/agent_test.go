@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -394,8 +393,8 @@ func TestMachineStopAndStart(t *testing.T) {
 		})
 		m.Stopped = false
 		r.apply()
-		r.until(20*time.Second, "running", r.state("c-1", running))
-		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.creates != 0 }) {
+		r.until(20*time.Second, "running again", r.runs("c-1", "m-1", 2))
+		if r.madeAnew("m-1") {
 			t.Error("its writable layer was lost by an orderly stop")
 		}
 		m.RestartGeneration++
@@ -419,21 +418,6 @@ func TestWritableLayersOutliveStops(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rigged(t, func(r *rig) {
-				boots := 0
-				// runs is true when the container runs in the machine's nth run.
-				runs := func(nth int) func() bool {
-					return func() bool {
-						boots = 0
-						for _, s := range r.w.drv.starts {
-							if strings.HasPrefix(s, "m-1 ") {
-								boots++
-							}
-						}
-						in := r.w.drv.ms["m-1"].rt.cs["c-1"]
-						return boots == nth && in != nil && in.st.State == running
-					}
-				}
-				lost := func() bool { return r.peek(func() bool { return r.w.drv.ms["m-1"].rt.creates != 0 }) }
 				m := r.machine("m-1")
 				r.container("c-1", "m-1")
 				r.apply()
@@ -447,13 +431,13 @@ func TestWritableLayersOutliveStops(t *testing.T) {
 				r.w.drv.deaf, r.w.drv.stubborn = map[string]int{"m-1": c.deaf}, false
 				m.Stopped = false
 				r.apply()
-				r.until(10*time.Minute, "running again", runs(2+c.deaf))
-				if got := lost(); got != c.lost {
+				r.until(10*time.Minute, "running again", r.runs("c-1", "m-1", 2+c.deaf))
+				if got := r.madeAnew("m-1"); got != c.lost {
 					t.Errorf("its writable layer was lost: %v", got)
 				}
 				r.w.drv.crash("m-1")
-				r.until(time.Minute, "running after a crash", runs(3+c.deaf))
-				if !lost() {
+				r.until(time.Minute, "running after a crash", r.runs("c-1", "m-1", 3+c.deaf))
+				if !r.madeAnew("m-1") {
 					t.Error("a scratch disk that a crash left was used on")
 				}
 			})

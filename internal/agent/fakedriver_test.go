@@ -29,7 +29,8 @@ type fakeDriver struct {
 	failStart           error
 	room                int            // CPUs that a machine gets at most; 0: any
 	deaf                map[string]int // so many guests of a machine that start next never answer
-	stubborn            bool           // guests don't power off
+	stubborn            bool           // guests do not power off
+	lingers             time.Duration  // Stop returns so much later than the machine ends
 }
 
 type fakeMachine struct {
@@ -141,13 +142,21 @@ func (d *fakeDriver) Stop(ctx context.Context, id string, o hypervisor.StopOptio
 		time.Sleep(o.Grace)
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if m := d.ms[id]; m != nil {
+	m := d.ms[id]
+	if m != nil {
 		d.end(m, hypervisor.Stopped)
 		m.st.State = hypervisor.Stopped
-		return nil
 	}
-	return errdefs.ErrNotFound
+	d.mu.Unlock()
+	if m == nil {
+		return errdefs.ErrNotFound
+	}
+	select {
+	case <-time.After(d.lingers):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (d *fakeDriver) Delete(ctx context.Context, id string) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -25,7 +24,7 @@ func (a *Agent) Halt(ctx context.Context) error {
 	a.halting.Store(true)
 	a.log.Info("the host is going down: everything is stopped")
 	a.mu.Lock()
-	machines := slices.Collect(maps.Values(a.machines))
+	machines := maps.Clone(a.machines)
 	a.mu.Unlock()
 	for _, m := range machines {
 		m.halt()
@@ -35,12 +34,20 @@ func (a *Agent) Halt(ctx context.Context) error {
 		if err != nil {
 			a.log.Warn("containers on metal", "error", err)
 		}
+		a.mu.Lock()
+		machines = maps.Clone(a.machines)
+		a.mu.Unlock()
+		for _, m := range machines {
+			if !m.rests() {
+				running++
+			}
+		}
 		list, err := a.o.Driver.List(ctx)
 		if err != nil {
 			return fmt.Errorf("halt: %w", err)
 		}
-		for _, st := range list {
-			if (st.State == hypervisor.Running || st.State == hypervisor.Paused) && !templateMachine(st.Spec.ID) {
+		for _, st := range list { // those without an actor, too
+			if (st.State == hypervisor.Running || st.State == hypervisor.Paused) && !templateMachine(st.Spec.ID) && machines[st.Spec.ID] == nil {
 				running++
 			}
 		}
@@ -102,6 +109,14 @@ func (m *machine) halt() {
 	}
 	m.mu.Unlock()
 	m.poke()
+}
+
+// rests is true when the actor has written down how its machine ended: nobody may go
+// before, or writable layers that are whole are taken for broken ones after the boot.
+func (m *machine) rests() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.atRest
 }
 
 // halted is what is wanted of a machine while the host goes down.

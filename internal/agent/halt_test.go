@@ -42,8 +42,28 @@ func TestHalt(t *testing.T) {
 		}
 		r.stop()
 		r.start()
-		r.until(time.Minute, "running again", r.state("c-1", running))
-		if r.peek(func() bool { return r.w.drv.ms["m-1"].rt.creates != 0 }) {
+		r.until(time.Minute, "running again", r.runs("c-1", "m-1", 2))
+		if r.madeAnew("m-1") {
+			t.Error("its writable layer was lost")
+		}
+	})
+}
+
+// The agent ends as soon as Halt has returned, and its record is right then.
+func TestHaltWaitsForRecords(t *testing.T) {
+	rigged(t, func(r *rig) {
+		r.machine("m-1")
+		r.container("c-1", "m-1")
+		r.apply()
+		r.until(20*time.Second, "running", r.state("c-1", running))
+		r.w.drv.lingers = time.Second
+		if err := r.a.Halt(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		r.stop()
+		r.start()
+		r.until(time.Minute, "running again", r.runs("c-1", "m-1", 2))
+		if r.madeAnew("m-1") {
 			t.Error("its writable layer was lost")
 		}
 	})

@@ -32,6 +32,7 @@ type machine struct {
 	interrupt context.CancelFunc // ends what may be given up when something changes
 	panicked  bool               // the guest's kernel said so
 	hung      bool               // keep-alives were not answered for too long
+	atRest    bool               // it shall not run, does not, and its record says so
 	misses    int                // keep-alives unanswered in a row
 	usage     *v1.Usage
 	pss       int64
@@ -162,6 +163,9 @@ func (m *machine) step(ctx context.Context) (time.Duration, bool) {
 	} else {
 		wait, err = m.reconcile(ctx, soft, want)
 	}
+	m.mu.Lock()
+	m.atRest = err == nil && want.GetStopped()
+	m.mu.Unlock()
 	switch {
 	case ctx.Err() != nil:
 		return 0, false

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -202,6 +203,27 @@ func rigged(t *testing.T, fn func(*rig)) {
 		fn(r)
 		r.end()
 	})
+}
+
+// runs is true when a container runs in the nth run of its machine. (An agent takes
+// containers to run until it has looked.)
+func (r *rig) runs(id, machine string, nth int) func() bool {
+	return func() bool {
+		boots := 0
+		for _, s := range r.w.drv.starts {
+			if strings.HasPrefix(s, machine+" ") {
+				boots++
+			}
+		}
+		c := r.w.drv.ms[machine].rt.cs[id]
+		return boots == nth && c != nil && c.st.State == running
+	}
+}
+
+// madeAnew is true when a container was made in the machine since it was started: its
+// writable layer is new.
+func (r *rig) madeAnew(machine string) bool {
+	return r.peek(func() bool { return r.w.drv.ms[machine].rt.creates != 0 })
 }
 
 // clean names what is left of machines and containers, or "".
